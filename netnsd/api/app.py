@@ -1,0 +1,119 @@
+"""The ASGI application: finds the route, reads the body within bounds, and turns errors into answers."""
+
+from __future__ import annotations
+
+import uuid
+from collections.abc import AsyncIterator
+from typing import Any
+
+import msgspec
+import structlog
+import trio
+from starlette.applications import Starlette
+from starlette.exceptions import HTTPException
+from starlette.requests import ClientDisconnect, Request
+from starlette.responses import Response, StreamingResponse
+from starlette.routing import Route as StarletteRoute
+
+from netnsd import __version__
+from netnsd.api import json_body, openapi, problems
+from netnsd.api.routes import ROUTES, Call, Context, Route
+from netnsd.errors import (
+    BodyTooLarge,
+    InternalError,
+    MethodNotAllowed,
+    NetnsdError,
+    NoRoute,
+    RequestTimeout,
+    ShuttingDown,
+)
+
+BODY_BYTES = 1 << 20
+BODY_SECONDS = 10.0
+
+_HEADERS = {problems.VERSION_HEADER: __version__}
+_encode = msgspec.json.Encoder().encode
+_log = structlog.get_logger()
+
+
+def application(context: Context) -> Starlette:
+    """The application for one daemon."""
+    document = _encode(openapi.document())
+
+    async def openapi_json(_request: Request) -> Response:
+        return Response(document, media_type="application/json", headers=_HEADERS)
+
+    return Starlette(
+        routes=[StarletteRoute("/openapi.json", openapi_json, methods=["GET"]),
+                *(StarletteRoute(route.path, _Endpoint(route, context), methods=[route.method]) for route in ROUTES)],
+        exception_handlers={HTTPException: _unrouted},
+    )
+
+
+class _Endpoint:
+    """Serves one row of the table. A class, so that Starlette calls it as an ASGI application."""
+
+    def __init__(self, route: Route, context: Context) -> None:
+        self._route = route
+        self._context = context
+
+    async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
+        request = Request(scope, receive)
+        try:
+            response = await self._respond(request)
+        except ClientDisconnect:
+            return
+        except NetnsdError as error:
+            response = _problem(error)
+        except trio.Cancelled:
+            raise
+        except Exception:  # the one place where a fault becomes an answer  # noqa: BLE001
+            request_id = uuid.uuid4().hex
+            _log.exception("request_failed", request_id=request_id, method=request.method, path=request.url.path)
+            response = _problem(InternalError("a fault in netnsd", request_id=request_id,
+                                              hint="The daemon's log has the details under this request_id."))
+        await response(scope, receive, send)
+
+    async def _respond(self, request: Request) -> Response:
+        if request.state.stopping():
+            raise ShuttingDown("the daemon is stopping", hint="Environments stay; try again when it is back.")
+        raw = await _body(request)
+        body = json_body.parse(raw, self._route.body) if self._route.body is not None else None
+        query: dict[str, list[str]] = {}
+        for name, value in request.query_params.multi_items():
+            query.setdefault(name, []).append(value)
+        call = Call(self._context, request.state.actor, request.path_params.get("ref", ""), query, body)
+        answer = await self._route.handler(call)
+        if self._route.answer is None:
+            return StreamingResponse(_closing(answer), media_type=self._route.content_type, headers=_HEADERS)
+        return Response(_encode(answer), self._route.status, media_type="application/json", headers=_HEADERS)
+
+
+async def _body(request: Request) -> bytes:
+    announced = request.headers.get("content-length", "0")
+    if int(announced) > BODY_BYTES:
+        raise BodyTooLarge(f"the body has {announced} bytes", hint=f"At most {BODY_BYTES} bytes are read.")
+    with trio.move_on_after(BODY_SECONDS):
+        return await request.body()
+    raise RequestTimeout(f"the body took more than {BODY_SECONDS:g} s", hint="Send it at once.")
+
+
+async def _closing(stream: AsyncIterator[bytes]) -> AsyncIterator[bytes]:
+    """Close an asynchronous generator in the task that read it, however reading ended."""
+    try:
+        async for part in stream:
+            yield part
+    finally:
+        await stream.aclose()  # type: ignore[attr-defined]
+
+
+def _problem(error: NetnsdError) -> Response:
+    return Response(problems.body_of(error), error.status, media_type="application/json", headers=_HEADERS)
+
+
+async def _unrouted(request: Request, error: Exception) -> Response:
+    assert isinstance(error, HTTPException)
+    if error.status_code == MethodNotAllowed.status:
+        return _problem(MethodNotAllowed(f"{request.url.path} does not take {request.method}",
+                                         hint="/openapi.json lists every route."))
+    return _problem(NoRoute(f"there is nothing at {request.url.path[:200]}", hint="/openapi.json lists every route."))

@@ -1,0 +1,44 @@
+"""Reading a JSON body that means one thing only."""
+
+from __future__ import annotations
+
+import json
+from typing import Any, TypeVar
+
+import msgspec
+
+from netnsd.errors import BadJson, InvalidRequest
+
+T = TypeVar("T")
+
+
+def parse(body: bytes, kind: type[T]) -> T:
+    """Decode ``body`` to ``kind``, an empty one as {}.
+
+    Raises:
+        BadJson: not JSON, a key twice, nesting too deep, NaN, a lone surrogate.
+        InvalidRequest: a field unknown, missing, or of the wrong type.
+    """
+    try:
+        tree = json.loads(body or b"{}", object_pairs_hook=_object, parse_constant=_constant)
+        if b"\\u" in body:
+            json.dumps(tree, ensure_ascii=False).encode()  # a lone surrogate cannot be encoded
+    except RecursionError as error:
+        raise BadJson("the body is nested too deep", hint="Send one plain JSON object.") from error
+    except ValueError as error:  # JSONDecodeError, UnicodeError, and numbers of thousands of digits
+        raise BadJson(f"the body is not JSON: {str(error)[:200]}", hint="Send one plain JSON object.") from error
+    try:
+        return msgspec.convert(tree, kind, strict=True)
+    except msgspec.ValidationError as error:
+        raise InvalidRequest(str(error), hint="/openapi.json describes every field.") from error
+
+
+def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) != len(pairs):
+        raise ValueError("a key is given twice in one object")
+    return found
+
+
+def _constant(name: str) -> None:
+    raise ValueError(f"{name} is not JSON")

@@ -1,0 +1,52 @@
+"""The OpenAPI 3.1 document, from the route table and the wire types."""
+
+from __future__ import annotations
+
+import re
+from typing import Any
+
+import msgspec
+
+from netnsd import __version__, wire
+from netnsd.api.routes import ROUTES, Route
+
+_REFS = "#/components/schemas/{name}"
+
+
+def document() -> dict[str, Any]:
+    """The document that ``/openapi.json`` serves."""
+    types = {r.answer for r in ROUTES if r.answer} | {r.body for r in ROUTES if r.body} | {wire.ErrorAnswer, wire.Event}
+    ordered = sorted(types, key=lambda t: str(t.__name__))
+    schemas, components = msgspec.json.schema_components(ordered, ref_template=_REFS)
+    by_type = dict(zip(ordered, schemas, strict=True))
+    paths: dict[str, dict[str, Any]] = {}
+    for route in ROUTES:
+        paths.setdefault(route.path, {})[route.method.lower()] = _operation(route, by_type)
+    return {
+        "openapi": "3.1.0",
+        "info": {"title": "netnsd", "version": __version__,
+                 "description": "Environments: network namespaces with servers in them."},
+        "paths": paths,
+        "components": {"schemas": components},
+    }
+
+
+def _operation(route: Route, by_type: dict[Any, Any]) -> dict[str, Any]:
+    error = {"description": "An error; branch on its code.",
+             "content": {"application/json": {"schema": by_type[wire.ErrorAnswer]}}}
+    content: dict[str, Any] = {route.content_type: {"schema": by_type[route.answer] if route.answer else {}}}
+    operation: dict[str, Any] = {
+        "operationId": f"{route.method.lower()}{re.sub(r'[^a-z0-9]+', '_', route.path).rstrip('_')}",
+        "summary": route.summary,
+        "description": f"Permission: {route.permission.value}.",
+        "parameters": [
+            *({"name": "ref", "in": "path", "required": True, "schema": {"type": "string"},
+               "description": "a name, NAME.USER, or an id"} for _ in range("{ref}" in route.path)),
+            *({"name": name, "in": "query", "required": False, "schema": {"type": "string"}, "description": meaning}
+              for name, meaning in route.query.items()),
+        ],
+        "responses": {str(route.status): {"description": "Done.", "content": content}, "4XX": error, "5XX": error},
+    }
+    if route.body is not None:
+        operation["requestBody"] = {"content": {"application/json": {"schema": by_type[route.body]}}}
+    return operation

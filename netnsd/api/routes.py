@@ -1,0 +1,221 @@
+"""Every route, in one table: method, path, who may, what it takes and gives. OpenAPI is made from it too."""
+
+from __future__ import annotations
+
+import enum
+from collections.abc import AsyncIterator, Awaitable, Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import msgspec
+
+from netnsd import wire
+from netnsd.core import views
+from netnsd.core.actor import Actor
+from netnsd.core.environments import Environments
+from netnsd.core.specification import check_labels
+from netnsd.errors import InvalidRequest, NotFound
+
+_MOST_WAIT_SECONDS = 24 * 3600.0
+
+
+class Permission(enum.Enum):
+    """Who may call a route. The environments that a caller may see are decided by ``Environments``."""
+
+    ANYONE = "anyone who may open the socket"
+    OWNER = "the environment's owner, or an admin"
+
+
+@dataclass(frozen=True, slots=True)
+class Context:
+    """What handlers work with. ``follow_log(path, tail, follow)`` and ``follow_events`` stream."""
+
+    environments: Environments
+    info: Callable[[], wire.Info]
+    doctor: Callable[[], Awaitable[wire.Doctor]]
+    log_path: Callable[[str, str], str]
+    read_log: Callable[[str, int | None, Callable[[], bool] | None], AsyncIterator[bytes]]
+    follow_events: Callable[[Callable[[int], bool], int], AsyncIterator[wire.Event]]
+
+
+@dataclass(frozen=True, slots=True)
+class Call:
+    """One request: ``body`` is decoded to the route's type, ``query`` has each parameter's last value."""
+
+    context: Context
+    actor: Actor
+    ref: str
+    query: dict[str, list[str]]
+    body: Any
+
+    def text(self, name: str, default: str) -> str:
+        """A query parameter."""
+        return self.query.get(name, [default])[-1]
+
+    def flag(self, name: str) -> bool:
+        """A query parameter that is 1 or 0."""
+        value = self.text(name, "0")
+        if value not in ("0", "1"):
+            raise InvalidRequest(f"query parameter {name} is not 0 or 1", hint=f"Write ?{name}=1.")
+        return value == "1"
+
+    def number(self, name: str, default: float | None, most: float) -> float | None:
+        """A query parameter that is a number from 0 to ``most``."""
+        value = self.text(name, "")
+        if not value:
+            return default
+        try:
+            number = float(value)
+        except ValueError:
+            number = -1.0
+        if not 0 <= number <= most:
+            raise InvalidRequest(f"query parameter {name} is not a number from 0 to {most:g}", hint="Use digits.")
+        return number
+
+
+@dataclass(frozen=True, slots=True)
+class Route:
+    """One row. ``answer`` None: a stream, of ``content_type``. ``query``: parameter name to what it means."""
+
+    method: str
+    path: str
+    permission: Permission
+    handler: Callable[[Call], Awaitable[Any]]
+    summary: str
+    answer: Any
+    body: Any = None
+    status: int = 200
+    content_type: str = "application/json"
+    query: dict[str, str] = field(default_factory=dict)
+
+
+class Nothing(wire.Answer, frozen=True, kw_only=True):
+    """``{}``."""
+
+
+async def _list(call: Call) -> wire.EnvironmentList:
+    labels = {}
+    for item in call.query.get("label", []):
+        key, equals, value = item.partition("=")
+        if not equals:
+            raise InvalidRequest("query parameter label is not k=v", hint="Write ?label=k=v.")
+        labels[key] = value
+    found = call.context.environments.list(call.actor, everyones=call.flag("all"), labels=check_labels(labels))
+    return wire.EnvironmentList(environments=[views.environment(e) for e in found])
+
+
+async def _create(call: Call) -> wire.Environment:
+    return views.environment(await call.context.environments.create(call.body, call.actor))
+
+
+async def _show(call: Call) -> wire.Environment:
+    return views.environment(call.context.environments.find(call.ref, call.actor))
+
+
+async def _remove(call: Call) -> Nothing:
+    await call.context.environments.remove(call.context.environments.find(call.ref, call.actor))
+    return Nothing()
+
+
+async def _start(call: Call) -> wire.Environment:
+    environment = call.context.environments.find(call.ref, call.actor)
+    await call.context.environments.start(environment)
+    return views.environment(environment)
+
+
+async def _stop(call: Call) -> wire.Environment:
+    environment = call.context.environments.find(call.ref, call.actor)
+    await call.context.environments.stop(environment, _grace(call.body))
+    return views.environment(environment)
+
+
+async def _restart(call: Call) -> wire.Environment:
+    environment = call.context.environments.find(call.ref, call.actor)
+    await call.context.environments.restart(environment, _grace(call.body))
+    return views.environment(environment)
+
+
+def _grace(body: wire.StopRequest) -> float:
+    if not 0 <= body.grace_seconds <= 3600:
+        raise InvalidRequest("grace_seconds is not from 0 to 3600", hint="It is a number of seconds.")
+    return body.grace_seconds
+
+
+async def _wait(call: Call) -> wire.Environment | Nothing:
+    what = call.text("for", "ready")
+    if what not in ("ready", "exit", "gone"):
+        raise InvalidRequest("query parameter for is not ready, exit or gone", hint="Write ?for=ready.")
+    environment = call.context.environments.find(call.ref, call.actor)
+    timeout = call.number("timeout", 60.0, _MOST_WAIT_SECONDS)
+    assert timeout is not None
+    await call.context.environments.wait(environment, what, timeout)
+    return Nothing() if what == "gone" else views.environment(environment)
+
+
+async def _logs(call: Call) -> AsyncIterator[bytes]:
+    environment = call.context.environments.find(call.ref, call.actor)
+    names = list(environment.services)
+    service = call.text("service", names[0] if names else "main")
+    if service not in environment.services:
+        raise NotFound(f"{environment.name!r} has no service {service[:80]!r}",
+                       hint=f"It has {', '.join(names) or 'none'}.")
+    tail = call.number("tail", None, 1e9)
+
+    def goes_on() -> bool:
+        current = environment.services[service]
+        return current.state in ("starting", "running") and environment.state != "removing"
+
+    return call.context.read_log(call.context.log_path(environment.id, service), None if tail is None else int(tail),
+                                 goes_on if call.flag("follow") else None)
+
+
+async def _events(call: Call) -> AsyncIterator[bytes]:
+    after = call.number("after", 0.0, 1e15)
+    assert after is not None
+    encode = msgspec.json.Encoder().encode
+
+    async def lines() -> AsyncIterator[bytes]:
+        async for event in call.context.follow_events(call.actor.may_see, int(after)):
+            yield encode(event) + b"\n"
+
+    return lines()
+
+
+async def _health(_call: Call) -> wire.Health:
+    return wire.Health(status="ok")
+
+
+async def _info(call: Call) -> wire.Info:
+    return call.context.info()
+
+
+async def _doctor(call: Call) -> wire.Doctor:
+    return await call.context.doctor()
+
+
+_REF = "/v1/environments/{ref}"
+ROUTES: tuple[Route, ...] = (
+    Route("GET", "/v1/environments", Permission.OWNER, _list, "List environments", wire.EnvironmentList,
+          query={"all": "1: everyone's that the caller may see", "label": "k=v, may be given more than once"}),
+    Route("POST", "/v1/environments", Permission.ANYONE, _create, "Create an environment, and start its services",
+          wire.Environment, body=wire.CreateRequest, status=201),
+    Route("GET", _REF, Permission.OWNER, _show, "Show one environment", wire.Environment),
+    Route("DELETE", _REF, Permission.OWNER, _remove, "Remove an environment; it is gone with the answer", Nothing),
+    Route("POST", _REF + "/start", Permission.OWNER, _start, "Start services that do not run", wire.Environment,
+          body=Nothing),
+    Route("POST", _REF + "/stop", Permission.OWNER, _stop, "Stop its services", wire.Environment,
+          body=wire.StopRequest),
+    Route("POST", _REF + "/restart", Permission.OWNER, _restart, "Stop and start its services", wire.Environment,
+          body=wire.StopRequest),
+    Route("GET", _REF + "/wait", Permission.OWNER, _wait, "Wait for a state", wire.Environment,
+          query={"for": "ready, exit or gone", "timeout": "seconds, 60 by default"}),
+    Route("GET", _REF + "/logs", Permission.OWNER, _logs, "What a service wrote to stdout and stderr", None,
+          content_type="application/octet-stream",
+          query={"service": "which, the first by default", "tail": "so many last lines only",
+                 "follow": "1: go on until the service ends"}),
+    Route("GET", "/v1/events", Permission.OWNER, _events, "What happens, one JSON object per line, for ever", None,
+          content_type="application/x-ndjson", query={"after": "only events with a greater seq"}),
+    Route("GET", "/v1/health", Permission.ANYONE, _health, "Whether the daemon answers", wire.Health),
+    Route("GET", "/v1/info", Permission.ANYONE, _info, "What this daemon is and holds", wire.Info),
+    Route("GET", "/v1/doctor", Permission.ANYONE, _doctor, "What this host lacks", wire.Doctor),
+)

@@ -1,0 +1,127 @@
+"""The listening Unix socket: our own accept loop, one hypercorn server per connection.
+
+The caller's identity is taken before any byte is parsed. Connections are counted per uid.
+"""
+
+from __future__ import annotations
+
+import errno
+import socket
+from collections import Counter
+from collections.abc import Awaitable, Callable
+from typing import Any
+
+import structlog
+import trio
+from hypercorn.app_wrappers import ASGIWrapper
+from hypercorn.config import Config
+from hypercorn.trio.tcp_server import TCPServer
+from hypercorn.trio.worker_context import WorkerContext
+from hypercorn.typing import ConnectionState, LifespanState
+
+from netnsd.api import peer, problems
+from netnsd.api.stream import HEAD_BYTES, GuardedStream
+from netnsd.core.actor import Actor
+from netnsd.errors import TooManyConnections
+
+_KEEP_ALIVE_SECONDS = 75.0
+_OUT_OF_DESCRIPTORS = frozenset({errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.ENOBUFS})
+_BREATH_SECONDS = 0.1
+_log = structlog.get_logger()
+
+Handler = Callable[[trio.socket.SocketType, Actor], Awaitable[None]]
+
+
+class Gate:
+    """Accepts connections of a Unix listener, knows who they are, and hands them on.
+
+    Args:
+        admin_group: its members see everybody's environments.
+        connections_per_user: more than that are closed at once; root is not counted.
+    """
+
+    def __init__(self, admin_group: str, connections_per_user: int) -> None:
+        self._admin_group = admin_group
+        self._most = connections_per_user
+        self._open: Counter[int] = Counter()
+
+    async def serve(self, listener: socket.socket, handler: Handler, nursery: trio.Nursery,
+                    refused: bytes = b"") -> None:
+        """Accept for ever; ``handler`` owns each connection, in ``nursery``. ``refused`` is sent to one too many."""
+        accepting = trio.socket.from_stdlib_socket(listener)
+        while True:
+            try:
+                connection, _ = await accepting.accept()
+            except OSError as error:
+                if error.errno in _OUT_OF_DESCRIPTORS:
+                    _log.warning("accept_failed", reason=error.strerror)
+                    await trio.sleep(_BREATH_SECONDS)
+                elif error.errno != errno.ECONNABORTED:
+                    raise
+                continue
+            nursery.start_soon(self._admit, connection, handler, refused)
+
+    async def _admit(self, connection: trio.socket.SocketType, handler: Handler, refused: bytes) -> None:
+        try:
+            actor = await peer.actor_of(connection._sock, self._admin_group)  # noqa: SLF001  plain getsockopt calls
+        except OSError:
+            connection.close()  # gone before it was known
+            return
+        if self._open[actor.uid] >= self._most and actor.uid != 0:
+            with connection, trio.move_on_after(1.0):
+                if refused:
+                    await connection.send(refused)
+            return
+        self._open[actor.uid] += 1
+        try:
+            await handler(connection, actor)
+        finally:
+            self._open[actor.uid] -= 1
+            if not self._open[actor.uid]:
+                del self._open[actor.uid]
+
+
+class HttpServer:
+    """Serves the application on connections that a Gate admitted."""
+
+    def __init__(self, app: Any, *, filters_descriptors: bool) -> None:
+        self._config = Config()
+        self._config.keep_alive_timeout = _KEEP_ALIVE_SECONDS
+        self._config.h11_max_incomplete_size = 2 * HEAD_BYTES
+        self._config.include_server_header = False
+        self._config.include_date_header = False
+        self._config.errorlog = None
+        self._config.accesslog = None
+        self._wrapper = ASGIWrapper(app)
+        self._context = WorkerContext(None)
+        self._filters = filters_descriptors
+        self._streams: set[GuardedStream] = set()
+        self._stopping = False
+
+    @property
+    def refusal(self) -> bytes:
+        """What one connection too many is told."""
+        return problems.response_of(TooManyConnections("you have too many connections open", hint="Close some."))
+
+    async def handle(self, connection: trio.socket.SocketType, actor: Actor) -> None:
+        """Serve one connection to its end."""
+        stream = GuardedStream(connection, filters_descriptors=self._filters, answer=problems.response_of)
+        state = ConnectionState(LifespanState({"actor": actor, "stopping": lambda: self._stopping}))
+        self._streams.add(stream)
+        try:
+            await TCPServer(self._wrapper, self._config, self._context, state, stream)  # type: ignore[arg-type]
+        finally:
+            self._streams.discard(stream)
+
+    async def stop(self, grace_seconds: float) -> None:
+        """Refuse new requests, let running ones end for ``grace_seconds``, then shut what is left.
+
+        hypercorn's sends are shielded from cancellation: a client that does not read would hold us up otherwise.
+        """
+        self._stopping = True
+        await self._context.terminated.set()
+        with trio.move_on_after(grace_seconds):
+            while self._streams:
+                await trio.sleep(0.02)
+        for stream in list(self._streams):
+            stream.shut()

@@ -1,0 +1,155 @@
+"""A client's byte stream, guarded before any HTTP library sees it.
+
+h11 accepts, and hypercorn acts on, things that no client of ours needs and that mean two things to two readers:
+Content-Length beside Transfer-Encoding, folded headers, bare line feeds, upgrades, the HTTP/2 preface. The guard
+reads each request's head itself, refuses those, and passes the rest on. It also closes what a client may smuggle in
+beside the bytes: descriptors (see ``peer.refuse_descriptors``).
+"""
+
+from __future__ import annotations
+
+import array
+import errno
+import os
+import re
+import socket
+from collections.abc import Callable
+
+import trio
+
+from netnsd.errors import BadRequest, NetnsdError, RequestTimeout
+
+HEAD_BYTES = 32 * 1024
+HEAD_SECONDS = 10.0
+_MOST_DESCRIPTORS = 253  # SCM_MAX_FD, net/core/scm.c
+_REQUEST_LINE = re.compile(rb"[A-Z]{1,16} [\x21-\x7e]{1,8192} HTTP/1\.[01]\Z")
+_FIELD = re.compile(rb"([!#$%&'*+.^_`|~0-9A-Za-z-]+):([\x20-\x7e\x80-\xff\t]*)\Z")
+_REFUSED_FIELDS = {b"transfer-encoding": "Send Content-Length instead.", b"upgrade": "Speak plain HTTP/1.1."}
+
+
+class GuardedStream:
+    """What hypercorn takes for a ``trio.SocketStream``.
+
+    Args:
+        connection: a connected stream socket, owned.
+        filters_descriptors: whether the kernel refuses descriptors on it already.
+        answer: makes a whole HTTP response from an error.
+    """
+
+    def __init__(self, connection: trio.socket.SocketType, *, filters_descriptors: bool,
+                 answer: Callable[[NetnsdError], bytes]) -> None:
+        self.socket = connection
+        self._filters = filters_descriptors
+        self._answer = answer
+        self._stream = trio.SocketStream(connection)
+        self._buffer = b""
+        self._body_left = 0
+        self._refused = False
+
+    async def receive_some(self, max_bytes: int) -> bytes:
+        """Bytes of checked requests; b"" at the end, and after a request that was refused."""
+        if self._refused:
+            return b""
+        if self._body_left:
+            data = self._buffer or await self._receive(max_bytes)
+            passed, self._buffer = data[:self._body_left], data[self._body_left:]
+            self._body_left -= len(passed)
+            return passed
+        try:
+            return await self._head(max_bytes)
+        except NetnsdError as error:
+            self._refused = True
+            await self._stream.send_all(self._answer(error))
+            return b""
+
+    async def send_all(self, data: bytes) -> None:
+        """Send bytes."""
+        await self._stream.send_all(data)
+
+    async def send_eof(self) -> None:
+        """Send no more."""
+        await self._stream.send_eof()
+
+    async def aclose(self) -> None:
+        """Close the socket. Where descriptors may lie unread in it, in a thread: closing them can block."""
+        if self._filters or self.socket.fileno() < 0:
+            await self._stream.aclose()
+            return
+        trio.lowlevel.notify_closing(self.socket)
+        fd = self.socket.detach()
+        await trio.to_thread.run_sync(os.close, fd, abandon_on_cancel=True)
+
+    def shut(self) -> None:
+        """End the connection now, whoever is blocked on it."""
+        try:
+            self.socket.shutdown(socket.SHUT_RDWR)
+        except OSError as error:
+            if error.errno not in (errno.ENOTCONN, errno.EBADF):
+                raise
+
+    async def _head(self, max_bytes: int) -> bytes:
+        data = self._buffer or await self._receive(max_bytes)
+        with trio.move_on_after(HEAD_SECONDS) as deadline:
+            while (end := data.find(b"\r\n\r\n")) < 0:
+                _check_partial(data)
+                more = await self._receive(max_bytes)
+                if not more:
+                    return b""
+                data += more
+        if deadline.cancelled_caught:
+            raise RequestTimeout(f"the request's head took more than {HEAD_SECONDS:g} s", hint="Send it at once.")
+        if end > HEAD_BYTES:
+            raise BadRequest("the request's head is too large", hint=f"At most {HEAD_BYTES} bytes.")
+        self._body_left = _body_length(data[:end])
+        length = end + 4 + min(self._body_left, len(data) - end - 4)
+        self._body_left -= length - end - 4
+        self._buffer = data[length:]
+        return data[:length]
+
+    async def _receive(self, max_bytes: int) -> bytes:
+        if self._filters:
+            return bytes(await self._stream.receive_some(max_bytes))
+        try:
+            data, ancillary, _flags, _address = await self.socket.recvmsg(
+                max_bytes, socket.CMSG_SPACE(_MOST_DESCRIPTORS * 4))
+        except OSError as error:
+            raise trio.BrokenResourceError from error
+        descriptors = array.array("i")
+        for level, kind, payload in ancillary:
+            if level == socket.SOL_SOCKET and kind == socket.SCM_RIGHTS:
+                descriptors.frombytes(payload[:len(payload) - len(payload) % descriptors.itemsize])
+        if descriptors:
+            await trio.to_thread.run_sync(_close_all, list(descriptors), abandon_on_cancel=True)
+        return data
+
+
+def _check_partial(data: bytes) -> None:
+    if len(data) > HEAD_BYTES:
+        raise BadRequest("the request's head is too large", hint=f"At most {HEAD_BYTES} bytes.")
+    if b"\n\n" in data or (b"\n" in data and b"\r\n" not in data):
+        raise BadRequest("the request has a bare line feed", hint="Lines end with CR LF.")
+
+
+def _body_length(head: bytes) -> int:
+    """The length of a request's body, from its checked head. Raises BadRequest."""
+    lines = head.split(b"\r\n")
+    if not _REQUEST_LINE.match(lines[0]):
+        raise BadRequest("the first line is not METHOD PATH HTTP/1.1", hint="Use an HTTP/1.1 client.")
+    lengths: list[bytes] = []
+    for line in lines[1:]:
+        field = _FIELD.match(line)
+        if field is None:
+            raise BadRequest("a header line is malformed", hint="One line per header, no folding, no control bytes.")
+        name = field[1].lower()
+        if name in _REFUSED_FIELDS:
+            raise BadRequest(f"the header {name.decode()} is not accepted", hint=_REFUSED_FIELDS[name])
+        if name == b"content-length":
+            lengths.append(field[2].strip(b" \t"))
+    if len(lengths) > 1 or not all(re.fullmatch(rb"[0-9]{1,12}", length) for length in lengths):
+        raise BadRequest("Content-Length is malformed or given twice", hint="Send it once, in decimal.")
+    return int(lengths[0]) if lengths else 0
+
+
+def _close_all(descriptors: list[int]) -> None:
+    for fd in descriptors:
+        os.close(fd)

@@ -1,0 +1,1 @@
+"""The command line client. Imports nothing that it does not use: a listing must feel instant."""

@@ -1,0 +1,177 @@
+"""What users type, made into what the API takes: ports, labels, variables, and the caller's own circumstances.
+
+The same codes as the daemon's: InvalidPort, InvalidLabel, InvalidVariable, InvalidCommand, InvalidName.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+import string
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import click
+
+from netnsd.client.session import Session, session_of
+from netnsd.errors import InvalidCommand, InvalidLabel, InvalidName, InvalidPort, InvalidVariable, NetnsdError
+
+_LABEL_KEY = frozenset(string.ascii_letters + string.digits + "._-/")
+
+
+def seconds(value: str | float) -> float:
+    """A finite number of seconds, 0 or more. Raises click's usage error."""
+    try:
+        number = float(value)
+    except ValueError:
+        number = math.nan
+    if not math.isfinite(number) or number < 0:
+        raise click.BadParameter(f"{value!r} is not a number of seconds.")
+    return number
+
+
+def is_text(value: str) -> bool:
+    """Whether the bytes that the caller gave were valid UTF-8: only such can travel in JSON."""
+    try:
+        value.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
+def parse_ports(texts: Iterable[str]) -> list[dict[str, Any]]:
+    """``[PUBLISH:]PORT[/tcp|/udp]`` as the API's port requests. Raises InvalidPort."""
+    ports: list[dict[str, Any]] = []
+    seen: set[tuple[str, str, int]] = set()
+    for text in texts:
+        numbers, _, protocol = text.partition("/")
+        publish, colon, inner = numbers.rpartition(":")
+        if protocol not in ("", "tcp", "udp") or text.endswith("/"):
+            raise _invalid_port(text, f"{protocol!r} is not a protocol")
+        port: dict[str, Any] = {"port": _port_number(inner, text), "protocol": protocol or "tcp"}
+        if colon:
+            port["publish"] = _port_number(publish, text)
+        for side in ("port", "publish"):
+            if side in port:
+                key = (side, port["protocol"], port[side])
+                if key in seen:
+                    raise _invalid_port(text, f"{port[side]}/{port['protocol']} is asked for twice")
+                seen.add(key)
+        ports.append(port)
+    return ports
+
+
+def _port_number(text: str, whole: str) -> int:
+    if not (text.isascii() and text.isdigit() and len(text) <= 5 and 1 <= int(text) <= 65535):
+        raise _invalid_port(whole, f"{text!r} is not a number from 1 to 65535")
+    return int(text)
+
+
+def _invalid_port(text: str, reason: str) -> InvalidPort:
+    return InvalidPort(f"port {text!r}: {reason}", hint="write --port 3000, --port 53/udp, or --port 20007:3000.",
+                       port=text)
+
+
+def parse_labels(texts: Iterable[str]) -> dict[str, str]:
+    """``k=v`` each. Raises InvalidLabel."""
+    labels = {}
+    for text in texts:
+        key, equals, value = text.partition("=")
+        if not equals or not key or not _LABEL_KEY.issuperset(key) or not value.isprintable():
+            raise InvalidLabel(f"label {text!r} is malformed", label=text,
+                               hint="write k=v, with letters, digits, '.', '_', '-' and '/' in the key.")
+        labels[key] = value
+    return labels
+
+
+def parse_variables(texts: Iterable[str]) -> dict[str, str]:
+    """``K=V`` each. Raises InvalidVariable."""
+    variables = {}
+    for text in texts:
+        name, equals, value = text.partition("=")
+        if not equals or not name or "\0" in text or not is_text(text):
+            raise InvalidVariable(f"variable {text!r} is malformed", variable=text,
+                                  hint="write K=V, in UTF-8, with a name that is not empty.")
+        variables[name] = value
+    return variables
+
+
+def inherited_variables(environ: Iterable[tuple[str, str]], warn: Callable[[str], None]) -> dict[str, str]:
+    """The caller's own variables, without those that cannot travel; ``warn`` is told which."""
+    kept, left_out = {}, []
+    for name, value in environ:
+        if name and is_text(name) and is_text(value):
+            kept[name] = value
+        else:
+            left_out.append(ascii(name)[1:-1])
+    if left_out:
+        warn(f"left out of the environment, since not UTF-8: {', '.join(left_out)}")
+    return kept
+
+
+def circumstances(session: Session, env: tuple[str, ...], clean_env: bool, cwd: str | None) -> dict[str, Any]:
+    """What a command is to find as if its caller had run it: env, cwd, umask and soft limits."""
+    given = parse_variables(env)
+    variables = {} if clean_env else inherited_variables(os.environ.items(), session.warn)
+    where = directory(cwd)
+    if cwd is not None and "PWD" in variables:
+        variables["PWD"] = where
+    umask = os.umask(0)
+    os.umask(umask)
+    return {"env": variables | given, "cwd": where, "umask": umask, "limits": soft_limits()}
+
+
+def directory(cwd: str | None) -> str:
+    """An absolute directory: ``cwd``, or the current one. Raises InvalidCommand."""
+    try:
+        absolute = os.getcwd() if cwd is None else os.path.abspath(cwd)
+    except OSError as error:
+        raise InvalidCommand(f"the current directory: {error.strerror}", hint="change to another, or pass --cwd.",
+                             ) from error
+    if "\0" in absolute or not is_text(absolute):
+        raise InvalidCommand(f"the directory {absolute!r} is not UTF-8", hint="pass another with --cwd.")
+    return absolute
+
+
+def soft_limits() -> dict[str, int]:
+    """The caller's soft resource limits by lower-case name, -1 for unlimited."""
+    import resource
+
+    limits = {}
+    for constant in dir(resource):
+        # OFILE is BSD's name for NOFILE.
+        if constant.startswith("RLIMIT_") and constant != "RLIMIT_OFILE":
+            soft, _hard = resource.getrlimit(getattr(resource, constant))
+            limits[constant.removeprefix("RLIMIT_").lower()] = -1 if soft == resource.RLIM_INFINITY else soft
+    return limits
+
+
+def check_name(name: str) -> str:
+    """A name that can travel; what a name may be is the daemon's to say. Raises InvalidName."""
+    if not is_text(name):
+        raise InvalidName(f"the name {name!r} is not a DNS label",
+                          hint="use lower-case letters, digits and '-', 63 at most.")
+    return name
+
+
+def check_command(command: list[str]) -> list[str]:
+    """A command line that can travel. Raises InvalidCommand."""
+    for argument in command:
+        if not is_text(argument):
+            raise InvalidCommand(f"the argument {argument!r} is not UTF-8",
+                                 hint="put it into a file or a variable of a script.")
+    return command
+
+
+def complete_refs(ctx: click.Context, _param: click.Parameter, incomplete: str) -> list[str]:
+    """The caller's environments, for the shell's completion; none where the daemon does not answer."""
+    from netnsd.client.transport import Client
+
+    def keep_quiet(_message: str) -> None:
+        """A completion has no place for warnings."""
+
+    try:
+        found = Client(session_of(ctx).socket_path, keep_quiet).request("GET", "/v1/environments", None, 2.0)
+        return [e["name"] for e in found["environments"] if e["name"].startswith(incomplete)]
+    except (NetnsdError, KeyError, TypeError, AttributeError):
+        return []

@@ -1,0 +1,1 @@
+"""Decisions, and the service that carries them out through the Protocols of ``interfaces``."""

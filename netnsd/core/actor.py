@@ -1,0 +1,22 @@
+"""Who asks, and what they may do to which environment."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True, slots=True)
+class Actor:
+    """A caller, as the kernel vouched for it when it connected. ``home`` and ``shell`` are the account's."""
+
+    uid: int
+    gid: int
+    groups: tuple[int, ...]
+    user: str
+    home: str
+    shell: str
+    is_admin: bool
+
+    def may_see(self, uid: int) -> bool:
+        """Whether environments of ``uid`` exist for this caller at all."""
+        return self.is_admin or uid == self.uid

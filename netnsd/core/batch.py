@@ -1,0 +1,56 @@
+"""Do together what many callers ask for at about the same time."""
+
+from __future__ import annotations
+
+from collections.abc import Awaitable, Callable
+from typing import Generic, TypeVar
+
+import trio
+
+T = TypeVar("T")
+
+
+class Batcher(Generic[T]):
+    """Collects items while ``work`` is busy, then gives it all of them at once.
+
+    Args:
+        work: does a batch. What it raises reaches every caller of that batch.
+        limit: the most items of one batch.
+    """
+
+    def __init__(self, work: Callable[[list[T]], Awaitable[None]], limit: int) -> None:
+        self._work = work
+        self._send, self._receive = trio.open_memory_channel[tuple[T, "_Outcome"]](10 * limit)
+        self._limit = limit
+
+    async def do(self, item: T) -> None:
+        """Return when the item's batch is done, or raise what it raised. Cancelling stops the waiting only."""
+        outcome = _Outcome()
+        await self._send.send((item, outcome))
+        await outcome.done.wait()
+        if outcome.error is not None:
+            raise outcome.error
+
+    async def run(self) -> None:
+        """Work for ever; the owning nursery ends it."""
+        while True:
+            batch = [await self._receive.receive()]
+            while len(batch) < self._limit:
+                try:
+                    batch.append(self._receive.receive_nowait())
+                except trio.WouldBlock:
+                    break
+            error: Exception | None = None
+            try:
+                await self._work([item for item, _ in batch])
+            except Exception as caught:  # every caller of the batch gets it  # noqa: BLE001
+                error = caught
+            for _, outcome in batch:
+                outcome.error = error
+                outcome.done.set()
+
+
+class _Outcome:
+    def __init__(self) -> None:
+        self.done = trio.Event()
+        self.error: Exception | None = None

@@ -1,0 +1,87 @@
+"""The nouns that netnsd keeps: environments with their services and ports. Plain values, no behaviour that awaits."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, replace
+from typing import Literal
+
+from netnsd.core.addressing import Slot
+
+StoredState = Literal["creating", "ready", "removing"]
+ServiceState = Literal["starting", "running", "exited", "stopped"]
+
+
+@dataclass(frozen=True, slots=True)
+class Command:
+    """What a service runs, and as what: everything that a later start needs again.
+
+    ``groups`` are the supplementary groups that the creator had. ``limits`` are soft limits by lower-case name.
+    """
+
+    argv: tuple[str, ...]
+    env: dict[str, str]
+    cwd: str
+    uid: int
+    gid: int
+    groups: tuple[int, ...]
+    umask: int
+    limits: dict[str, int]
+    setuid: bool
+
+
+@dataclass(frozen=True, slots=True)
+class Service:
+    """One supervised command. ``launch_id`` names its latest start; exit reports carry it."""
+
+    name: str
+    command: Command
+    state: ServiceState = "stopped"
+    pid: int | None = None
+    launch_id: str | None = None
+    exit_code: int | None = None
+
+    def changed(self, **changes: object) -> Service:
+        """A copy with other values."""
+        return replace(self, **changes)  # type: ignore[arg-type]
+
+
+@dataclass(frozen=True, slots=True)
+class PublishedPort:
+    """``published`` on the host leads to ``port`` inside."""
+
+    port: int
+    protocol: str
+    published: int
+    listen: str = "127.0.0.1"
+
+
+@dataclass(slots=True)
+class Environment:
+    """One environment. Mutable where its life changes it: ``state`` and ``services``."""
+
+    id: str
+    name: str
+    uid: int
+    user: str
+    slot: Slot
+    netns: str
+    labels: dict[str, str]
+    share: str
+    created_at: str
+    boot_id: str
+    ports: tuple[PublishedPort, ...] = ()
+    state: StoredState = "creating"
+    services: dict[str, Service] = field(default_factory=dict)
+
+    @property
+    def netns_path(self) -> str:
+        """Where the namespace is pinned under its name, for ip-netns(8) and for people."""
+        return f"/run/netns/{self.netns}"
+
+    @property
+    def shown_state(self) -> Literal["creating", "running", "stopped", "removing"]:
+        """What users see: an environment runs when a service of it does, or when it has none to run."""
+        if self.state != "ready":
+            return self.state
+        running = not self.services or any(s.state in ("starting", "running") for s in self.services.values())
+        return "running" if running else "stopped"

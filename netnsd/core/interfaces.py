@@ -1,0 +1,259 @@
+"""What core needs of the kernel, the store and the clock. ``kernel`` and ``store`` implement it; fakes do in tests."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from typing import Protocol
+
+import trio
+
+from netnsd.core.addressing import Slot
+from netnsd.core.environment import Environment, Service
+
+
+@dataclass(frozen=True, slots=True)
+class Launch:
+    """All that the launcher needs to start one command.
+
+    ``launch_id`` names this start for ever: exit reports carry it. ``limits`` are soft limits by lower-case name
+    (``nofile``), -1 for unlimited. ``cgroup`` is relative to netnsd's cgroup root. ``log_fd`` is open for append, or
+    None where the command gets its descriptors from a client (attach).
+    """
+
+    launch_id: str
+    netns: str
+    cgroup: str
+    hostname: str
+    argv: tuple[str, ...]
+    env: dict[str, str]
+    cwd: str
+    uid: int
+    gid: int
+    groups: tuple[int, ...]
+    umask: int
+    limits: dict[str, int]
+    setuid: bool
+    hosts_file: str
+    resolv_file: str | None
+    log_fd: int | None = None
+    tty: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Running:
+    """A command that the launcher started and that has not ended."""
+
+    launch_id: str
+    pid: int
+
+
+@dataclass(frozen=True, slots=True)
+class Exited:
+    """A command's end. ``code`` is None where nobody could tell, 128 + n for signal n."""
+
+    launch_id: str
+    code: int | None
+
+
+class Processes(Protocol):
+    """Starts commands in environments, in a process that outlives the daemon."""
+
+    async def launch(self, launch: Launch) -> int:
+        """Start it and return its pid once it has been exec'd. Raises LaunchFailed, LauncherUnavailable."""
+        ...
+
+    async def attach(self, launch: Launch, connection: int) -> None:
+        """Hand ``connection`` (a socket of attach.sock, borrowed) over: its peer sends the command's descriptors."""
+        ...
+
+    async def known(self) -> tuple[Sequence[Running], Sequence[Exited]]:
+        """What runs, and the ends that were not yet acknowledged. Raises LauncherUnavailable."""
+        ...
+
+    def acknowledge(self, launch_id: str) -> None:
+        """The end of this launch is stored: the launcher may forget it."""
+        ...
+
+    @property
+    def exits(self) -> trio.MemoryReceiveChannel[Exited | None]:
+        """Ends as they happen; None when the launcher died and a new one knows nothing of what runs."""
+        ...
+
+
+class Cgroups(Protocol):
+    """One subtree of cgroup v2; ``path`` is relative to its root, such as ``nd7/main``."""
+
+    async def create(self, path: str) -> None:
+        """Make the group and its parents. An existing one is fine."""
+        ...
+
+    def pids(self, path: str) -> list[int]:
+        """The processes in the group and below it, lowest first; empty where there is no such group."""
+        ...
+
+    def populated(self, path: str) -> bool:
+        """Whether any process lives in the group or below it."""
+        ...
+
+    def signal(self, path: str, signal: int) -> None:
+        """Send ``signal`` to each process in the group and below it."""
+        ...
+
+    async def empty(self, path: str) -> None:
+        """Return when no process lives in the group or below it."""
+        ...
+
+    async def remove(self, path: str) -> None:
+        """Kill what lives in the group (cgroup.kill), wait for its end, and remove it and what is below it."""
+        ...
+
+    def observe(self) -> list[str]:
+        """The names of the groups directly below the root."""
+        ...
+
+
+@dataclass(frozen=True, slots=True)
+class Publication:
+    """A published port of one environment."""
+
+    protocol: str
+    published: int
+    port: int
+
+
+@dataclass(frozen=True, slots=True)
+class Listener:
+    """A listening socket inside an environment."""
+
+    protocol: str
+    address: str
+    port: int
+
+
+class Network(Protocol):
+    """Namespaces, links and addresses."""
+
+    async def wire(self, slot: Slot, netns: str) -> None:
+        """Make the namespace, pin it as the slot's and under the name ``netns``, and wire it to its bridge.
+
+        Raises KernelError or NetnsTaken, with nothing of this slot left.
+        """
+        ...
+
+    async def furnish(self, slot: Slot, publications: Sequence[Publication]) -> None:
+        """What servers need and creating does not: sysctls, and reaching what listens on loopback only."""
+        ...
+
+    async def unwire(self, slots: Sequence[tuple[Slot, str]]) -> None:
+        """Remove links, names and pins of (slot, netns) pairs, in bulk; what is gone already is fine.
+
+        A name that is not our namespace's stays. Raises an ExceptionGroup after having tried everything.
+        """
+        ...
+
+    async def observe(self) -> set[int]:
+        """The indexes of slots of which the kernel holds anything: a pin or a link."""
+        ...
+
+    async def intact(self, slot: Slot, netns: str) -> bool:
+        """Whether pin, name and link of a slot are all there."""
+        ...
+
+    async def listeners(self, slot: Slot) -> frozenset[Listener]:
+        """What listens inside."""
+        ...
+
+    def is_taken(self, netns: str) -> bool:
+        """Whether a namespace, or anything else, has that name on the host."""
+        ...
+
+
+@dataclass(frozen=True, slots=True)
+class Opening:
+    """What the firewall holds for one environment."""
+
+    address: str
+    uid: int
+    publications: tuple[Publication, ...]
+
+
+class Firewall(Protocol):
+    """The host's rules: constant, with elements per environment."""
+
+    async def open(self, opening: Opening) -> None:
+        """Let the owner reach the environment, and forward its published ports. All or nothing."""
+        ...
+
+    async def close(self, openings: Sequence[Opening]) -> None:
+        """Take the elements back; what is gone already is fine."""
+        ...
+
+    async def restore(self, openings: Sequence[Opening]) -> bool:
+        """Make table and elements exactly these; returns whether anything had to be changed."""
+        ...
+
+    def is_listening(self, protocol: str, port: int) -> bool:
+        """Whether a socket of the host has that port already."""
+        ...
+
+
+class Store(Protocol):
+    """The state file. Synchronous: a commit takes tens of microseconds. All raise StoreError."""
+
+    def transaction(self) -> AbstractContextManager[None]:
+        """Everything inside is written, or nothing."""
+        ...
+
+    def environments(self) -> list[Environment]:
+        """All of them, oldest first."""
+        ...
+
+    def add(self, environment: Environment) -> None:
+        """Write a new environment with its ports and services."""
+        ...
+
+    def set_state(self, environment_id: str, state: str) -> None:
+        """Write an environment's stored state."""
+        ...
+
+    def set_service(self, environment_id: str, service: Service) -> None:
+        """Write what changes of a service: state, pid, launch, exit code."""
+        ...
+
+    def delete(self, environment_id: str) -> None:
+        """Forget an environment, its ports and its services."""
+        ...
+
+
+class Files(Protocol):
+    """The files that belong to an environment: hosts, resolv.conf, logs."""
+
+    def furnish(self, environment: Environment) -> tuple[str, str | None]:
+        """Write hosts and resolv.conf; returns their paths (None: the host has no resolv.conf)."""
+        ...
+
+    def open_log(self, environment: Environment, service: str) -> int:
+        """Open a service's log for append, owned by the environment's user, 0600. The caller closes it."""
+        ...
+
+    def log_path(self, environment_id: str, service: str) -> str:
+        """Where that log is."""
+        ...
+
+    def remove(self, environment_id: str) -> None:
+        """Remove all of them; what is gone already is fine."""
+        ...
+
+    def observe(self) -> set[str]:
+        """The ids of environments that have any."""
+        ...
+
+
+class Clock(Protocol):
+    """Time, so that tests can say what it is."""
+
+    def now(self) -> str:
+        """The time in UTC, RFC 3339 with microseconds."""
+        ...

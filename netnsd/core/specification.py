@@ -1,0 +1,147 @@
+"""From a request to what will be made: every check that needs neither the kernel nor the state. Pure.
+
+Names become host names, file names and namespace names, so they are DNS labels and nothing else.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Mapping
+
+from netnsd import wire
+from netnsd.core.actor import Actor
+from netnsd.core.environment import Command
+from netnsd.errors import Forbidden, InvalidCommand, InvalidLabel, InvalidName, InvalidPort, InvalidVariable
+
+NAME_CHARACTERS = 63
+MAX_PORTS = 64
+MAX_SERVICES = 32
+MAX_LABELS = 64
+
+_NAME = re.compile(r"[a-z0-9]([a-z0-9-]{0,61}[a-z0-9])?\Z")
+_LABEL_KEY = re.compile(r"[A-Za-z0-9]([A-Za-z0-9._/-]{0,126}[A-Za-z0-9])?\Z")
+_LABEL_VALUE_CHARACTERS = 256
+_LIMITS = frozenset({"as", "core", "cpu", "data", "fsize", "locks", "memlock", "msgqueue", "nice", "nofile", "nproc",
+                     "rss", "rtprio", "rttime", "sigpending", "stack"})
+_DEFAULT_PATH = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
+
+
+def check_name(name: str, *, what: str = "name") -> str:
+    """Return ``name`` when it is a DNS label. Raises InvalidName."""
+    if not _NAME.match(name):
+        raise InvalidName(
+            f"{what} {_shown(name)} is not a DNS label",
+            hint=f"Use 1 to {NAME_CHARACTERS} of a-z, 0-9 and '-', with a letter or digit at both ends"
+                 f"{_suggestion(name)}.", name=name[:NAME_CHARACTERS + 1])
+    return name
+
+
+def check_port(port: int, *, what: str = "port") -> int:
+    """Return ``port`` when it is 1 to 65535. Raises InvalidPort."""
+    if not 1 <= port <= 65535:
+        raise InvalidPort(f"{what} {port} is not from 1 to 65535", hint="Use a number from 1 to 65535.", port=port)
+    return port
+
+
+def check_ports(ports: Iterable[wire.PortRequest], published_range: tuple[int, int]) -> list[wire.PortRequest]:
+    """Return the ports when each is asked for once and numbers are in range (inclusive). Raises InvalidPort."""
+    seen: set[tuple[str, int]] = set()
+    published: set[tuple[str, int]] = set()
+    checked = list(ports)
+    if len(checked) > MAX_PORTS:
+        raise InvalidPort(f"{len(checked)} ports are more than {MAX_PORTS}", hint="Publish fewer.")
+    for request in checked:
+        check_port(request.port)
+        if (request.protocol, request.port) in seen:
+            raise InvalidPort(f"port {request.port}/{request.protocol} is asked for twice", hint="Name it once.")
+        seen.add((request.protocol, request.port))
+        if request.publish is not None:
+            low, high = published_range
+            if not low <= request.publish <= high:
+                raise InvalidPort(f"published port {request.publish} is outside the range {low}-{high}",
+                                  hint="Ask for one in the range, or for none and get a free one.",
+                                  port=request.publish, range=f"{low}-{high}")
+            if (request.protocol, request.publish) in published:
+                raise InvalidPort(f"published port {request.publish}/{request.protocol} is asked for twice",
+                                  hint="Ask for two numbers.")
+            published.add((request.protocol, request.publish))
+    return checked
+
+
+def check_labels(labels: Mapping[str, str]) -> dict[str, str]:
+    """Return the labels when keys and values are well formed. Raises InvalidLabel."""
+    if len(labels) > MAX_LABELS:
+        raise InvalidLabel(f"{len(labels)} labels are more than {MAX_LABELS}", hint="Use fewer.")
+    for key, value in labels.items():
+        if not _LABEL_KEY.match(key):
+            raise InvalidLabel(f"label {_shown(key)} is malformed",
+                               hint="A key has letters, digits, '.', '_', '-' and '/'.", label=key[:128])
+        if len(value) > _LABEL_VALUE_CHARACTERS or not value.isprintable():
+            raise InvalidLabel(f"the value of label {key!r} is malformed",
+                               hint=f"A value has at most {_LABEL_VALUE_CHARACTERS} printable characters.", label=key)
+    return dict(labels)
+
+
+def check_variables(variables: Mapping[str, str]) -> dict[str, str]:
+    """Return the variables when the kernel can take them. Raises InvalidVariable."""
+    for name, value in variables.items():
+        if not name or "=" in name or "\0" in name or "\0" in value:
+            raise InvalidVariable(f"variable {_shown(name)} is malformed",
+                                  hint="A name is not empty and has no '='; neither part has a NUL.", name=name[:128])
+    return dict(variables)
+
+
+def check_services(request: wire.CreateRequest) -> list[wire.ServiceRequest]:
+    """The services that a request asks for, in order. Raises InvalidCommand, InvalidName."""
+    if request.command is not None and request.services is not None:
+        raise InvalidCommand("command and services are both given", hint="Give one of the two.")
+    if request.command is not None:
+        services = [wire.ServiceRequest(command=request.command)]
+    else:
+        services = list(request.services or [])
+    if len(services) > MAX_SERVICES:
+        raise InvalidCommand(f"{len(services)} services are more than {MAX_SERVICES}", hint="Use fewer.")
+    names: set[str] = set()
+    for service in services:
+        check_name(service.name, what="service name")
+        if service.name in names:
+            raise InvalidCommand(f"service {service.name!r} is given twice", hint="Give each its own name.")
+        names.add(service.name)
+    return services
+
+
+def command(*, argv: list[str], env: Mapping[str, str], cwd: str | None, umask: int, limits: Mapping[str, int],
+            setuid: bool, actor: Actor, allow_setuid: bool) -> Command:
+    """A command as ``actor``, with the variables that every login has where the client gave none.
+
+    Raises InvalidCommand, InvalidVariable, Forbidden.
+    """
+    if not argv or not argv[0]:
+        raise InvalidCommand("the command is empty", hint="Give a program and its arguments.")
+    if any("\0" in argument for argument in argv):
+        raise InvalidCommand("an argument has a NUL character", hint="The kernel cannot pass it.")
+    directory = cwd if cwd is not None else actor.home
+    if not directory.startswith("/") or "\0" in directory:
+        raise InvalidCommand(f"directory {_shown(directory)} is not absolute", hint="Give a path from /.")
+    if not 0 <= umask <= 0o777:
+        raise InvalidCommand(f"umask {umask} is not from 0 to 511 (octal 777)", hint="Give permission bits.")
+    for name, value in limits.items():
+        if name not in _LIMITS or value < -1 or value >= 1 << 63:
+            raise InvalidCommand(f"limit {_shown(name)} = {value} is not one of the kernel's",
+                                 hint=f"Known: {', '.join(sorted(_LIMITS))}; -1 is unlimited.")
+    if setuid and not allow_setuid:
+        raise Forbidden("this host does not allow setuid programs in environments",
+                        hint="Leave --setuid out, or ask an admin ([services] allow_setuid).")
+    login = {"HOME": actor.home, "USER": actor.user, "LOGNAME": actor.user, "SHELL": actor.shell,
+             "PATH": _DEFAULT_PATH}
+    return Command(argv=tuple(argv), env={**login, **check_variables(env)}, cwd=directory, uid=actor.uid,
+                   gid=actor.gid, groups=actor.groups, umask=umask, limits=dict(limits), setuid=setuid)
+
+
+def _shown(text: str) -> str:
+    return repr(text if len(text) <= NAME_CHARACTERS else text[:NAME_CHARACTERS] + "...")
+
+
+def _suggestion(name: str) -> str:
+    proposal = re.sub(r"[^a-z0-9-]+", "-", name.lower())[:NAME_CHARACTERS].strip("-")
+    return f": {proposal!r} would do" if _NAME.match(proposal) else ""

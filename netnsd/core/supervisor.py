@@ -1,0 +1,212 @@
+"""Services: starting and stopping them, and knowing when they ended.
+
+The cgroup is the truth, not the pid: a server that put itself in the background is still in its cgroup, and runs. So
+a service has ended when its first process has and nothing lives in its cgroup.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import uuid
+from typing import TYPE_CHECKING
+
+import trio
+
+from netnsd.core.environment import Command, Environment, Service
+from netnsd.core.interfaces import Exited, Launch
+
+if TYPE_CHECKING:
+    from netnsd.core.environments import Adapters, Emit
+
+_REPORT_SECONDS = 1.0
+
+
+class Supervisor:
+    """Knows each service's latest start by its launch id."""
+
+    def __init__(self, adapters: Adapters, emit: Emit) -> None:
+        self._a = adapters
+        self._emit = emit
+        self._launches: dict[str, tuple[Environment, str]] = {}
+        self._early: dict[str, int | None] = {}
+        self._nursery: trio.Nursery | None = None
+        self._pulse = trio.Event()
+
+    async def run(self, *, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
+        """Own the tasks that watch services; runs until cancelled."""
+        async with trio.open_nursery() as self._nursery:
+            task_status.started()
+            await trio.sleep_forever()
+
+    async def follow_exits(self) -> None:
+        """Take the launcher's reports, for ever."""
+        async for exited in self._a.processes.exits:
+            if exited is None:
+                self._launcher_lost()
+            else:
+                self._on_exit(exited)
+
+    async def changed(self) -> None:
+        """Return at the next change of any service or environment."""
+        await self._pulse.wait()
+
+    def pulse(self) -> None:
+        """Something changed: wake who waits."""
+        self._pulse.set()
+        self._pulse = trio.Event()
+
+    # -- starting and stopping ----------------------------------------------------------------------------------
+
+    async def start(self, environment: Environment, service: Service) -> None:
+        """Start a service unless it runs. Raises LaunchFailed, and it is as it was."""
+        if service.state in ("starting", "running"):
+            return
+        launch_id = uuid.uuid4().hex
+        self._launches[launch_id] = (environment, service.name)
+        self._save(environment, service.changed(state="starting", launch_id=launch_id, pid=None, exit_code=None))
+        group = group_of(environment, service.name)
+        try:
+            await self._a.cgroups.create(group)
+            log = self._a.files.open_log(environment, service.name)
+            try:
+                pid = await self._a.processes.launch(
+                    self.launch_of(environment, service.command, group, launch_id, log))
+            finally:
+                os.close(log)
+        except BaseException:
+            self._launches.pop(launch_id, None)
+            with trio.CancelScope(shield=True):
+                await self._a.cgroups.remove(group)
+            self._save(environment, service)
+            raise
+        self._save(environment, environment.services[service.name].changed(state="running", pid=pid))
+        self._tell("started", environment, service.name, pid=pid)
+        if launch_id in self._early:
+            self._on_exit(Exited(launch_id, self._early.pop(launch_id)))
+
+    async def stop(self, environment: Environment, grace_seconds: float) -> None:
+        """End all services of an environment: SIGTERM to every process, cgroup.kill after ``grace_seconds``."""
+        async with trio.open_nursery() as nursery:
+            for service in list(environment.services.values()):
+                if service.state in ("starting", "running"):
+                    nursery.start_soon(self._stop_one, environment, service, grace_seconds)
+
+    async def _stop_one(self, environment: Environment, service: Service, grace_seconds: float) -> None:
+        group = group_of(environment, service.name)
+        self._save(environment, service.changed(state="stopped"))
+        self._a.cgroups.signal(group, signal.SIGTERM)
+        with trio.move_on_after(grace_seconds):
+            await self._a.cgroups.empty(group)
+        await self._a.cgroups.remove(group)
+        with trio.move_on_after(_REPORT_SECONDS):
+            while service.launch_id in self._launches:
+                await self.changed()
+
+    def launch_of(self, environment: Environment, command: Command, group: str, launch_id: str,
+                  log_fd: int | None = None) -> Launch:
+        """What the launcher is told to start ``command`` in ``environment``."""
+        hosts, resolv = self._a.files.furnish(environment)
+        return Launch(
+            launch_id=launch_id, netns=environment.netns_path, cgroup=group, hostname=environment.name,
+            argv=command.argv, env={**_conveniences(environment), **command.env, **_facts(environment)},
+            cwd=command.cwd, uid=command.uid, gid=command.gid, groups=command.groups, umask=command.umask,
+            limits=command.limits, setuid=command.setuid, hosts_file=hosts, resolv_file=resolv, log_fd=log_fd)
+
+    # -- ends ---------------------------------------------------------------------------------------------------
+
+    def adopt(self, environment: Environment, services: dict[str, Service]) -> None:
+        """Go on with services that an earlier run of the daemon started."""
+        for service in services.values():
+            before = environment.services[service.name]
+            if service.launch_id is not None and service.state == "running":
+                self._launches[service.launch_id] = (environment, service.name)
+                if service.pid is None or service.exit_code is not None:
+                    self._watch(environment, service)
+            if service != before:
+                self._save(environment, service)
+            if service.launch_id is not None and service.state != "running":
+                self._a.processes.acknowledge(service.launch_id)
+                if before.state == "running":
+                    self._tell("ended", environment, service.name, exit_code=service.exit_code)
+
+    def forget(self, environment: Environment) -> None:
+        """The environment is gone."""
+        for service in environment.services.values():
+            if service.launch_id is not None and self._launches.pop(service.launch_id, None):
+                self._a.processes.acknowledge(service.launch_id)
+        self.pulse()
+
+    def _on_exit(self, exited: Exited) -> None:
+        known = self._launches.get(exited.launch_id)
+        if known is None:
+            self._a.processes.acknowledge(exited.launch_id)
+            return
+        environment, name = known
+        service = environment.services[name]
+        if service.state == "starting":
+            self._early[exited.launch_id] = exited.code
+            return
+        service = service.changed(exit_code=exited.code)
+        if self._a.cgroups.populated(group_of(environment, name)):
+            remaining = self._a.cgroups.pids(group_of(environment, name))
+            self._save(environment, service.changed(pid=remaining[0] if remaining else None))
+            self._a.processes.acknowledge(exited.launch_id)
+            self._watch(environment, service)
+        else:
+            self._ended(environment, service)
+
+    def _launcher_lost(self) -> None:
+        """Nobody reports these services' ends any more: their cgroups do, without exit codes."""
+        for environment, name in self._launches.values():
+            self._watch(environment, environment.services[name])
+
+    def _watch(self, environment: Environment, service: Service) -> None:
+        assert self._nursery is not None
+        self._nursery.start_soon(self._watch_group, environment, service)
+
+    async def _watch_group(self, environment: Environment, service: Service) -> None:
+        await self._a.cgroups.empty(group_of(environment, service.name))
+        current = environment.services[service.name]
+        if current.launch_id == service.launch_id and service.launch_id in self._launches:
+            self._ended(environment, current)
+
+    def _ended(self, environment: Environment, service: Service) -> None:
+        assert service.launch_id is not None
+        state = service.state if service.state == "stopped" else "exited"
+        self._launches.pop(service.launch_id, None)
+        self._save(environment, service.changed(state=state, pid=None))
+        self._a.processes.acknowledge(service.launch_id)
+        self._tell("ended", environment, service.name, exit_code=service.exit_code)
+
+    def _save(self, environment: Environment, service: Service) -> None:
+        with self._a.store.transaction():
+            self._a.store.set_service(environment.id, service)
+        environment.services[service.name] = service
+        self.pulse()
+
+    def _tell(self, kind: str, environment: Environment, service: str, **details: object) -> None:
+        self._emit(kind, environment.uid, environment.id, environment.name, service=service, **details)
+
+
+def group_of(environment: Environment, service: str) -> str:
+    """The cgroup of a service, relative to netnsd's root."""
+    # A prefix keeps services apart from the group of commands that users run (``exec``).
+    return f"{environment.slot.cgroup}/s-{service}"
+
+
+def _conveniences(environment: Environment) -> dict[str, str]:
+    """Variables that many servers read; the client's own values win."""
+    variables = {"HOST": "0.0.0.0"}  # noqa: S104  inside the namespace, where only the owner reaches it
+    tcp = [p for p in environment.ports if p.protocol == "tcp"]
+    if tcp:
+        variables["PORT"] = str(tcp[0].port)
+    return variables
+
+
+def _facts(environment: Environment) -> dict[str, str]:
+    variables = {"NETNSD_NAME": environment.name, "NETNSD_ID": environment.id, "NETNSD_IP": environment.slot.address}
+    tcp = [p for p in environment.ports if p.protocol == "tcp"]
+    if tcp:
+        variables["NETNSD_URL"] = f"http://localhost:{tcp[0].published}/"
+    return variables

@@ -1,0 +1,1 @@
+"""The daemon as a process: configuration, systemd, and the one place that joins the rooms."""

@@ -1,0 +1,89 @@
+"""``netnsd serve``: reads the configuration, joins the rooms, and runs until it is told to stop."""
+
+from __future__ import annotations
+
+import os
+import platform
+import signal
+import sys
+from pathlib import Path
+from typing import NoReturn
+
+import click
+import structlog
+import trio
+
+from netnsd import __version__
+from netnsd.daemon import config as configuration
+from netnsd.daemon.node import Node
+from netnsd.daemon.systemd import Notifier, listening_sockets
+from netnsd.errors import NetnsdError, NotRoot
+from netnsd.observability import logs
+
+_log = structlog.get_logger()
+
+
+@click.group(context_settings={"help_option_names": ["-h", "--help"]})
+@click.version_option(__version__, prog_name="netnsd")
+def main() -> None:
+    """Hand out network namespaces with servers in them, to many users of one host."""
+
+
+@main.command()
+@click.option("--config", "file", type=click.Path(path_type=Path), metavar="FILE",
+              help="Configuration (TOML). Default: /etc/netnsd/netnsd.toml where it exists.")
+@click.option("--runtime-dir", type=click.Path(path_type=Path), default=Path("/run/netnsd"), show_default=True,
+              metavar="DIR", help="Sockets and pins; gone after a reboot.")
+@click.option("--state-dir", type=click.Path(path_type=Path), default=Path("/var/lib/netnsd"), show_default=True,
+              metavar="DIR", help="The state file and logs.")
+def serve(file: Path | None, runtime_dir: Path, state_dir: Path) -> None:
+    """Run the daemon in the foreground. It needs root."""
+    try:
+        if os.geteuid() != 0:
+            raise NotRoot("netnsd serve needs root: it makes network namespaces and starts servers as their owners",
+                          hint="sudo netnsd serve, or systemctl start netnsd.")
+        config = configuration.load(file, os.environ)
+        logs.configure(config.daemon.log_level)
+        notifier, passed = Notifier(os.environ), listening_sockets(os.environ)
+        os.umask(0o022)
+        node = Node(config, runtime_dir.absolute(), state_dir.absolute(), passed)
+        trio.run(_run, node, notifier, config.daemon.grace_seconds)
+    except (NetnsdError, BaseExceptionGroup) as error:
+        _fail(error)
+
+
+async def _run(node: Node, notifier: Notifier, grace_seconds: float) -> None:
+    with trio.open_signal_receiver(signal.SIGTERM, signal.SIGINT, signal.SIGHUP) as signals:
+        async with trio.open_nursery() as nursery:
+            await nursery.start(node.run)
+            notifier.send("READY=1")
+            _log.info("ready", version=__version__, pid=os.getpid(), kernel=platform.release(),
+                      environments=node.environments.count)
+            if notifier.watchdog_seconds is not None:
+                nursery.start_soon(_watchdog, notifier, notifier.watchdog_seconds / 3)
+            async for number in signals:
+                if number != signal.SIGHUP:
+                    break
+                nursery.start_soon(node.check)
+            notifier.send("STOPPING=1")
+            _log.info("stopping", environments=node.environments.count)
+            await node.stop(grace_seconds)
+            nursery.cancel_scope.cancel()
+    _log.info("stopped")
+
+
+async def _watchdog(notifier: Notifier, every_seconds: float) -> None:
+    while True:
+        notifier.send("WATCHDOG=1")
+        await trio.sleep(every_seconds)
+
+
+def _fail(error: BaseException) -> NoReturn:
+    """Say the one thing that is wrong, and end. What is not ours to explain keeps its traceback."""
+    while isinstance(error, BaseExceptionGroup) and len(error.exceptions) == 1:
+        error = error.exceptions[0]
+    if not isinstance(error, NetnsdError):
+        raise error
+    hint = f"\n  hint: {error.hint}" if error.hint else ""
+    click.echo(f"netnsd: {error.message}{hint}", err=True)
+    sys.exit(error.exit_code)

@@ -1,0 +1,212 @@
+"""The composition root: one daemon's rooms, joined, started in order and stopped in the other."""
+
+from __future__ import annotations
+
+import contextlib
+import datetime
+import grp
+import ipaddress
+import os
+import platform
+import resource
+import socket
+from pathlib import Path
+from typing import Any
+
+import structlog
+import trio
+
+from netnsd import __version__, wire
+from netnsd.api import peer
+from netnsd.api.app import application
+from netnsd.api.attach import AttachServer
+from netnsd.api.routes import Context
+from netnsd.api.server import Gate, HttpServer
+from netnsd.core.environments import Adapters, Environments, Settings
+from netnsd.daemon.config import Config
+from netnsd.errors import ConfigError, HostUnfit, SupernetConflict
+from netnsd.kernel import bridges, host, logfile
+from netnsd.kernel.cgroup import CgroupTree
+from netnsd.kernel.files import EnvironmentFiles
+from netnsd.kernel.firewall import NftFirewall
+from netnsd.kernel.namespace_thread import NamespaceThread, Priority
+from netnsd.kernel.network import NETNS_DIRECTORY, KernelNetwork
+from netnsd.kernel.processes import LauncherProcesses
+from netnsd.observability.events import EventLog
+from netnsd.store import SqliteStore
+
+API_SOCKET, ATTACH_SOCKET, LAUNCHER_SOCKET = "netnsd.sock", "attach.sock", "launcher.sock"
+_DEFAULT_GROUP = "netnsd"
+_CHECK_SECONDS = 60.0
+_LOG_SECONDS = 2.0
+_BUSY_LOG_SECONDS = 0.1
+_BACKLOG = 1024
+_DESCRIPTORS = 65536
+_log = structlog.get_logger()
+
+
+class UtcClock:
+    """Implements ``core.interfaces.Clock``."""
+
+    def now(self) -> str:
+        """The time in UTC, RFC 3339 with microseconds."""
+        return datetime.datetime.now(datetime.UTC).isoformat(timespec="microseconds").replace("+00:00", "Z")
+
+
+class Node:
+    """One daemon.
+
+    Args:
+        config: read and checked.
+        runtime, state: absolute directories; made when missing.
+        passed: listening sockets from systemd, by name.
+    """
+
+    environments: Environments
+
+    def __init__(self, config: Config, runtime: Path, state: Path, passed: dict[str, socket.socket]) -> None:
+        self._config = config
+        self._runtime, self._state = runtime, state
+        self._passed = passed
+        self._clock = UtcClock()
+        self._started_at = self._clock.now()
+        self._events = EventLog(self._clock.now)
+        self._http: HttpServer | None = None
+        self._stopped = trio.Event()
+
+    async def run(self, *, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
+        """Work until cancelled; started when clients can connect."""
+        self._runtime.mkdir(mode=0o755, parents=True, exist_ok=True)
+        plan = self._config.plan
+        with contextlib.closing(SqliteStore(self._state, plan)) as store, NamespaceThread() as thread:
+            self._thread = thread
+            supernet = self._config.network.supernet
+            host.require(await host.examine(thread, supernet))
+            await self._require_free_supernet(thread)
+            network = KernelNetwork(thread, self._runtime, self._config.network.mtu)
+            firewall = NftFirewall(thread, supernet, self._config.network.flows)
+            cgroups = CgroupTree(self._config.daemon.cgroup)
+            files = EnvironmentFiles(self._runtime, self._state, self._config.services.log_bytes)
+            await network.open()
+            await firewall.start()
+            processes = LauncherProcesses(str(self._runtime / LAUNCHER_SOCKET), cgroups.root,
+                                          hide=[str(NETNS_DIRECTORY), str(network.pins)])
+            adapters = Adapters(network, firewall, processes, cgroups, store, files, self._clock)
+            settings = Settings(self._config.published_range, self._config.services.allow_setuid, host.boot_id())
+            self.environments = Environments(adapters, plan, settings, self._emit)
+            try:
+                async with trio.open_nursery() as nursery:
+                    await nursery.start(cgroups.run)
+                    await nursery.start(processes.run)
+                    _raise_descriptor_limit()
+                    await nursery.start(self.environments.run)
+                    nursery.start_soon(self._look_after_logs, files)
+                    nursery.start_soon(self._check_now_and_then)
+                    await self._open_sockets(nursery, files)
+                    task_status.started()
+            finally:
+                with trio.move_on_after(self._config.daemon.grace_seconds, shield=True):
+                    unused = self.environments.count == 0
+                    if unused:
+                        processes.retire()
+                        cgroups.remove_root()
+                    await firewall.stop(remove=unused)
+                    await network.close(remove=unused)
+
+    async def stop(self, grace_seconds: float) -> None:
+        """Take no more requests, and let those under way end within ``grace_seconds``."""
+        if self._http is not None:
+            await self._http.stop(grace_seconds)
+
+    async def check(self) -> None:
+        """Look whether the host is as it should be, and put right what is not."""
+        if await self.environments.check():
+            _log.warning("rules_restored")
+
+    # -- sockets ------------------------------------------------------------------------------------------------
+
+    async def _open_sockets(self, nursery: trio.Nursery, files: EnvironmentFiles) -> None:
+        api, attach = self._listen(API_SOCKET), self._listen(ATTACH_SOCKET)
+        filters = peer.refuse_descriptors(api)
+        peer.refuse_descriptors(attach)
+        context = Context(self.environments, self._info, self._doctor, files.log_path, logfile.read,
+                          self._events.follow)
+        self._http = HttpServer(application(context), filters_descriptors=filters)
+        attach_server = AttachServer(self.environments)
+        gate = Gate(self._config.daemon.admin_group, self._config.daemon.connections_per_user)
+        nursery.start_soon(gate.serve, api, self._http.handle, nursery, self._http.refusal)
+        nursery.start_soon(gate.serve, attach, attach_server.handle, nursery, attach_server.refusal)
+
+    def _listen(self, name: str) -> socket.socket:
+        if name in self._passed:
+            return self._passed[name]
+        path = self._runtime / name
+        path.unlink(missing_ok=True)
+        listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_CLOEXEC)
+        mask = os.umask(0o777)  # nobody may connect before the mode is set
+        try:
+            listener.bind(str(path))
+        finally:
+            os.umask(mask)
+        os.chown(path, 0, self._socket_gid())
+        path.chmod(self._config.socket_permissions)
+        listener.listen(_BACKLOG)
+        return listener
+
+    def _socket_gid(self) -> int:
+        name = self._config.daemon.socket_group
+        try:
+            return grp.getgrnam(name or _DEFAULT_GROUP).gr_gid
+        except KeyError as error:
+            if name is None:
+                return 0
+            raise ConfigError(f"[daemon] socket_group: there is no group {name!r}",
+                              hint=f"groupadd --system {name}") from error
+
+    # -- what the API shows of the host ---------------------------------------------------------------------------
+
+    def _info(self) -> wire.Info:
+        return wire.Info(
+            version=__version__, pid=os.getpid(), started_at=self._started_at, kernel=platform.release(),
+            supernet=self._config.network.supernet, port_range=self._config.ports.range,
+            environments=self.environments.count, published_ports=self.environments.published,
+            addresses_free=self.environments.addresses_free, features=host.features())
+
+    async def _doctor(self) -> wire.Doctor:
+        findings = await host.examine(self._thread, self._config.network.supernet)
+        return wire.Doctor(checks=[wire.Check(name=f.name, ok=f.ok, severity=f.severity, message=f.message,
+                                              hint=f.hint) for f in findings])
+
+    def _emit(self, kind: str, uid: int, environment: str, name: str, **details: Any) -> None:
+        _log.info(kind, uid=uid, environment=environment, name=name, **details)
+        self._events.emit(kind, uid, environment, name, **details)
+
+    # -- now and then -------------------------------------------------------------------------------------------
+
+    async def _check_now_and_then(self) -> None:
+        while True:
+            await trio.sleep(_CHECK_SECONDS)
+            await self.check()
+
+    async def _look_after_logs(self, files: EnvironmentFiles) -> None:
+        while True:
+            await trio.sleep(_BUSY_LOG_SECONDS if files.cap_logs() else _LOG_SECONDS)
+
+    async def _require_free_supernet(self, thread: NamespaceThread) -> None:
+        supernet = ipaddress.ip_network(self._config.network.supernet)
+        for route in await thread.run(bridges.host_routes, Priority.CREATE):
+            if ipaddress.ip_network(route.network).overlaps(supernet):
+                raise SupernetConflict(
+                    f"[network] supernet {supernet} overlaps the host's route {route.network} by {route.interface}",
+                    hint="Configure another supernet, such as 10.204.0.0/16.", route=route.network)
+
+
+def _raise_descriptor_limit() -> None:
+    """A connection is a descriptor; the usual soft limit of 1024 is too few. After the launcher took its own."""
+    _soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    most = _DESCRIPTORS if hard == resource.RLIM_INFINITY else min(hard, _DESCRIPTORS)
+    try:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (most, hard))
+    except (OSError, ValueError) as error:
+        raise HostUnfit(f"the limit of open files cannot be raised to {most}: {error}",
+                        hint="LimitNOFILE= in the unit, or ulimit -n.") from error

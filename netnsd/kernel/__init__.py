@@ -1,0 +1,1 @@
+"""Everything that needs privilege: netlink, nftables, cgroups, mounts, starting processes."""

@@ -1,0 +1,135 @@
+"""netnsd's bridges and the host's settings for them. Not hot: pyroute2 does the talking.
+
+Everything here runs in NamespaceThread, in the host's namespace: /proc/sys/net and new sockets follow the thread.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import ipaddress
+import socket
+from dataclasses import dataclass
+from pathlib import Path
+
+from pyroute2 import IPRoute
+from pyroute2.netlink.exceptions import NetlinkError
+
+from netnsd.core.addressing import BRIDGE_PREFIX, Bridge
+from netnsd.kernel.rtnetlink import LINK_ALIAS, LINK_GROUP
+
+_SYSCTL = Path("/proc/sys/net/ipv4")
+
+
+@dataclass(frozen=True, slots=True)
+class HostRoute:
+    """A route of the host that an address plan must not overlap."""
+
+    network: str
+    interface: str
+
+
+class Bridges:
+    """Makes bridges when their first slot is wired, and knows what is there.
+
+    Args:
+        mtu_bytes: set explicitly, or a bridge takes its lowest port's.
+    """
+
+    def __init__(self, mtu_bytes: int) -> None:
+        self._mtu_bytes = mtu_bytes
+        self._present: set[int] = set()
+
+    def load(self) -> None:
+        """Read which of our bridges exist."""
+        self._present = {link["index"] for link in _links() if link.get_attr("IFLA_IFNAME").startswith(BRIDGE_PREFIX)}
+
+    def ensure(self, bridge: Bridge) -> None:
+        """Make the bridge unless it is there. Raises OSError with a ``stage``-less errno."""
+        if bridge.ifindex in self._present:
+            return
+        try:
+            with IPRoute() as route:
+                # A fixed MAC: without one a bridge takes its lowest port's, which changes as environments come.
+                route.link("add", ifname=bridge.name, index=bridge.ifindex, kind="bridge", mtu=self._mtu_bytes,
+                           address=bridge.mac.hex(":"), br_mcast_snooping=0, state="up")
+                route.link("set", index=bridge.ifindex, ifalias=LINK_ALIAS)
+                route.addr("add", index=bridge.ifindex, address=bridge.address, prefixlen=bridge.prefix_length)
+        except NetlinkError as error:
+            with contextlib.suppress(OSError):
+                self._delete([bridge.ifindex])
+            raise OSError(error.code, f"{bridge.name}: {error}") from error
+        settings = _SYSCTL / "conf" / bridge.name
+        # 127.0.0.1:PORT of the host is translated to an environment's address; the firewall's guard closes the hole
+        # that route_localnet opens the other way (Documentation/networking/ip-sysctl.rst).
+        _write(settings / "route_localnet", "1")
+        _write(settings / "forwarding", "1")
+        _write(settings / "send_redirects", "0")
+        self._present.add(bridge.ifindex)
+
+    def remove(self) -> None:
+        """Remove all of our bridges."""
+        self._delete(sorted(self._present))
+        self._present.clear()
+
+    def ports(self) -> list[str]:
+        """The names of the links that carry our mark."""
+        return [link.get_attr("IFLA_IFNAME") for link in _links()
+                if link.get_attr("IFLA_GROUP") == LINK_GROUP and link.get_attr("IFLA_IFALIAS") == LINK_ALIAS]
+
+    def has_link(self, name: str) -> bool:
+        """Whether the host has a link of that name."""
+        try:
+            socket.if_nametoindex(name)
+        except OSError:
+            return False
+        return True
+
+    def _delete(self, indexes: list[int]) -> None:
+        with IPRoute() as route:
+            for index in indexes:
+                try:
+                    route.link("del", index=index)
+                except NetlinkError as error:
+                    if error.code != errno.ENODEV:
+                        raise OSError(error.code, str(error)) from error
+
+
+def host_routes() -> list[HostRoute]:
+    """The host's IPv4 routes with a destination, without those of our own bridges."""
+    with IPRoute() as route:
+        names = {link["index"]: link.get_attr("IFLA_IFNAME") for link in route.get_links()}
+        routes = []
+        for entry in route.get_routes(family=socket.AF_INET):
+            interface = names.get(entry.get_attr("RTA_OIF"), "")
+            if entry["dst_len"] and not interface.startswith(BRIDGE_PREFIX):
+                network = ipaddress.ip_network(f"{entry.get_attr('RTA_DST')}/{entry['dst_len']}", strict=False)
+                routes.append(HostRoute(str(network), interface))
+        return routes
+
+
+def uplinks() -> list[str]:
+    """The interfaces by which the host's default routes leave."""
+    with IPRoute() as route:
+        names = {link["index"]: link.get_attr("IFLA_IFNAME") for link in route.get_links()}
+        return sorted({names[entry.get_attr("RTA_OIF")] for entry in route.get_default_routes(family=socket.AF_INET)
+                       if entry.get_attr("RTA_OIF") in names})
+
+
+def host_forwards() -> bool:
+    """Whether the host forwards between all its interfaces (net.ipv4.ip_forward)."""
+    return (_SYSCTL / "ip_forward").read_text().strip() == "1"
+
+
+def switch_forwarding_on(interface: str) -> None:
+    """Let what arrives by ``interface`` be forwarded; the firewall decides what is."""
+    _write(_SYSCTL / "conf" / interface / "forwarding", "1")
+
+
+def _links() -> list:  # type: ignore[type-arg]
+    with IPRoute() as route:
+        return list(route.get_links())
+
+
+def _write(path: Path, value: str) -> None:
+    path.write_text(value)

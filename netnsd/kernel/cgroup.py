@@ -1,0 +1,249 @@
+"""The subtree of cgroup v2 that holds environments: the truth about what lives in them.
+
+A server that daemonises itself has another pid and parent, but is in its cgroup still. ``cgroup.events`` says when a
+group and all below it is empty; the kernel sends such news at most every 10 ms per group (kernel/cgroup/cgroup.c).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import os
+import re
+import signal as signals
+import struct
+from collections.abc import Iterator
+
+import trio
+
+from netnsd.errors import HostUnfit, KernelError
+from netnsd.kernel import libc
+
+REMOVE_SECONDS = 10.0
+_BUSY_SECONDS = 0.002
+_EVENT = struct.Struct("iIII")  # inotify(7): watch, mask, cookie, length of the name that follows
+# A group that is gone, or goes while it is read.
+_GONE = (errno.ENOENT, errno.ENODEV)
+
+
+def find_cgroup2() -> str:
+    """Where cgroup v2 is mounted. Raises HostUnfit where it is not."""
+    with open("/proc/self/mountinfo", encoding="utf-8", errors="surrogateescape") as file:
+        for line in file:
+            before, _, after = line.partition(" - ")
+            if after.split(" ", 1)[0] == "cgroup2":
+                return re.sub(r"\\([0-7]{3})", lambda found: chr(int(found[1], 8)), before.split(" ")[4])
+    raise HostUnfit("cgroup v2 is not mounted", hint="mount -t cgroup2 none /sys/fs/cgroup/unified")
+
+
+class CgroupTree:
+    """Implements ``core.interfaces.Cgroups`` for one group below a cgroup2 mount, and all below that.
+
+    ``run`` must run for ``empty`` and ``remove`` to return. ``close`` gives the inotify descriptor back.
+
+    Args:
+        name: the group that is ours, relative to the mount; may have several parts.
+        mount: the mount; found by itself where it is None.
+    """
+
+    def __init__(self, name: str, mount: str | None = None) -> None:
+        self.root = os.path.join(mount or find_cgroup2(), name)
+        self._inotify = libc.inotify_init1(libc.IN_NONBLOCK | libc.IN_CLOEXEC)
+        self._waiting: dict[int, set[trio.Event]] = {}
+
+    def close(self) -> None:
+        """Nothing waits any more."""
+        if self._inotify >= 0:
+            os.close(self._inotify)
+            self._inotify = -1
+
+    def remove_root(self) -> None:
+        """Remove the root itself; it stays where anything is in it."""
+        with contextlib.suppress(OSError):
+            os.rmdir(self.root)
+
+    async def run(self, *, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
+        """Read the kernel's news until cancelled."""
+        task_status.started()
+        while True:
+            await trio.lowlevel.wait_readable(self._inotify)
+            with contextlib.suppress(BlockingIOError):
+                self._wake(os.read(self._inotify, 65536))
+
+    def _wake(self, news: bytes) -> None:
+        offset = 0
+        while offset < len(news):
+            watch, mask, _cookie, length = _EVENT.unpack_from(news, offset)
+            offset += _EVENT.size + length
+            overflow = mask & libc.IN_Q_OVERFLOW  # news was lost: everyone looks again
+            for waiting in list(self._waiting.values()) if overflow else [self._waiting.get(watch, set())]:
+                for event in waiting:
+                    event.set()
+
+    def path(self, path: str) -> str:
+        """The directory of a group. Raises ValueError for one that is not below the root."""
+        if path.startswith("/") or ".." in path.split("/"):
+            raise ValueError(f"not below the root: {path!r}")
+        return os.path.join(self.root, path) if path else self.root
+
+    async def create(self, path: str) -> None:
+        """Make the group and its parents. An existing one is fine. Raises KernelError."""
+        await trio.lowlevel.checkpoint()
+        try:
+            os.makedirs(self.path(path), exist_ok=True)
+        except OSError as error:
+            raise KernelError.at("cgroup", error) from error
+
+    def pids(self, path: str) -> list[int]:
+        """The processes in the group and below it, lowest first; empty where there is no such group."""
+        found: set[int] = set()
+        for directory in _groups(self.path(path)):
+            found.update(_members(directory))
+        return sorted(found)
+
+    def populated(self, path: str) -> bool:
+        """Whether any process lives in the group or below it."""
+        return _populated(self.path(path))
+
+    def signal(self, path: str, signal: int) -> None:
+        """Send ``signal`` to each process in the group and below it. Raises KernelError."""
+        for directory in _groups(self.path(path)):
+            handles: dict[int, int] = {}
+            try:
+                for pid in _members(directory):
+                    with contextlib.suppress(OSError):
+                        handles[pid] = os.pidfd_open(pid)
+                # A pid that is still listed is, by its handle, a process of this group, and not one that got the
+                # number of a process that ended in between.
+                for pid in _members(directory):
+                    if pid in handles:
+                        with contextlib.suppress(ProcessLookupError):
+                            signals.pidfd_send_signal(handles[pid], signal)
+            except OSError as error:
+                raise KernelError.at("signal", error) from error
+            finally:
+                for handle in handles.values():
+                    os.close(handle)
+
+    async def empty(self, path: str) -> None:
+        """Return when no process lives in the group or below it; at once where there is no such group."""
+        await trio.lowlevel.checkpoint()
+        directory = self.path(path)
+        try:
+            watch = libc.inotify_add_watch(self._inotify, os.path.join(directory, "cgroup.events"), libc.IN_MODIFY)
+        except OSError as error:
+            if error.errno in _GONE:
+                return
+            raise KernelError.at("cgroup", error) from error
+        event = trio.Event()
+        waiting = self._waiting.setdefault(watch, set())
+        waiting.add(event)
+        try:
+            while _populated(directory):
+                await event.wait()
+                waiting.discard(event)
+                event = trio.Event()
+                waiting.add(event)
+        finally:
+            waiting.discard(event)
+            # Another waiter of the same group has the same watch.
+            if not waiting and self._waiting.get(watch) is waiting:
+                del self._waiting[watch]
+                with contextlib.suppress(OSError):  # the group is gone, and the watch with it
+                    libc.inotify_rm_watch(self._inotify, watch)
+
+    async def remove(self, path: str) -> None:
+        """Kill what lives in the group, wait for its end, and remove it and what is below it.
+
+        Raises KernelError when that takes longer than ``REMOVE_SECONDS`` (a process in uninterruptible sleep).
+        """
+        directory = self.path(path)
+        last: OSError = TimeoutError(errno.ETIMEDOUT, os.strerror(errno.ETIMEDOUT), directory)
+        with trio.move_on_after(REMOVE_SECONDS):
+            try:
+                _write(os.path.join(directory, "cgroup.kill"), b"1")
+                await self.empty(path)
+                while (busy := _remove_tree(directory)) is not None:
+                    last = busy
+                    await trio.sleep(_BUSY_SECONDS)
+            except OSError as error:
+                raise KernelError.at("cgroup", error) from error
+            return
+        raise KernelError.at("cgroup", last)
+
+    def observe(self) -> list[str]:
+        """The names of the groups directly below the root."""
+        try:
+            with os.scandir(self.root) as entries:
+                return sorted(entry.name for entry in entries if entry.is_dir(follow_symlinks=False))
+        except FileNotFoundError:
+            return []
+
+
+def _groups(directory: str) -> Iterator[str]:
+    """The group and all below it, leaves last."""
+    yield directory
+    try:
+        with os.scandir(directory) as entries:
+            below = [entry.path for entry in entries if entry.is_dir(follow_symlinks=False)]
+    except FileNotFoundError:
+        return
+    for path in below:
+        yield from _groups(path)
+
+
+def _members(directory: str) -> list[int]:
+    return [int(pid) for pid in _read(os.path.join(directory, "cgroup.procs")).split()]
+
+
+def _populated(directory: str) -> bool:
+    return b"populated 1" in _read(os.path.join(directory, "cgroup.events"))
+
+
+def _remove_tree(directory: str) -> OSError | None:
+    """Remove leaves first; the error where a group is busy: it got a process, or a dead one is not yet forgotten."""
+    for path in reversed(list(_groups(directory))):
+        try:
+            os.rmdir(path)
+        except FileNotFoundError:
+            continue
+        except OSError as error:
+            if error.errno != errno.EBUSY:
+                raise
+            with contextlib.suppress(OSError):
+                _write(os.path.join(path, "cgroup.kill"), b"1")
+            return error
+    return None
+
+
+def _read(path: str) -> bytes:
+    """A file of a cgroup; empty where the group is gone, or is a threaded one and lists no processes."""
+    try:
+        fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+    except FileNotFoundError:
+        return b""
+    parts = []
+    try:
+        while part := os.read(fd, 65536):
+            parts.append(part)
+    except OSError as error:
+        if error.errno not in (*_GONE, errno.EOPNOTSUPP):
+            raise
+    finally:
+        os.close(fd)
+    return b"".join(parts)
+
+
+def _write(path: str, value: bytes) -> None:
+    """Write to a file of a cgroup; nothing where the group is gone. Buffered files report errors at close only."""
+    try:
+        fd = os.open(path, os.O_WRONLY | os.O_CLOEXEC)
+    except FileNotFoundError:
+        return
+    try:
+        os.write(fd, value)
+    except OSError as error:
+        if error.errno not in _GONE:
+            raise
+    finally:
+        os.close(fd)

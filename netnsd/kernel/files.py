@@ -1,0 +1,131 @@
+"""The files of an environment: its hosts and resolv.conf, and its services' logs. Implements ``core.interfaces.Files``.
+
+Logs lie in directories that only root can write, so that their owners, who may read and write the files, cannot put
+links in our way. A log's offsets only grow; its head is punched out, so that the disk it takes is bounded.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import shutil
+from pathlib import Path
+
+from netnsd.core.environment import Environment
+from netnsd.errors import KernelError
+from netnsd.kernel import libc
+
+_RESOLV_CONF = Path("/etc/resolv.conf")
+_UPLINK_RESOLV_CONF = Path("/run/systemd/resolve/resolv.conf")
+_BLOCK_BYTES = 4096
+
+
+class EnvironmentFiles:
+    """Files below the runtime directory (hosts, resolv.conf) and the state directory (logs).
+
+    Args:
+        runtime, state: the daemon's directories.
+        log_bytes: the disk space that one service's log may take; a little more between two looks.
+    """
+
+    def __init__(self, runtime: Path, state: Path, log_bytes: int) -> None:
+        self._names = runtime / "env"
+        self._logs = state / "logs"
+        self._log_bytes = log_bytes
+        for directory in (self._names, self._logs):
+            directory.mkdir(mode=0o711, parents=True, exist_ok=True)
+
+    def furnish(self, environment: Environment) -> tuple[str, str | None]:
+        """See ``core.interfaces.Files``."""
+        directory = self._names / environment.id
+        try:
+            directory.mkdir(mode=0o755, exist_ok=True)
+            hosts = directory / "hosts"
+            # IPv6 is off inside: localhost must not name ::1, which servers would bind alone and clients try first.
+            hosts.write_text(f"127.0.0.1\tlocalhost\n{environment.slot.address}\t{environment.name}\n")
+            text = resolv_conf()
+            if text is None:
+                return str(hosts), None
+            resolv = directory / "resolv.conf"
+            resolv.write_text(text)
+            return str(hosts), str(resolv)
+        except OSError as error:
+            raise KernelError.at("files", error) from error
+
+    def open_log(self, environment: Environment, service: str) -> int:
+        """See ``core.interfaces.Files``."""
+        path = self.log_path(environment.id, service)
+        try:
+            os.makedirs(os.path.dirname(path), mode=0o711, exist_ok=True)
+            fd = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
+            os.fchown(fd, environment.uid, -1)
+        except OSError as error:
+            raise KernelError.at("log", error) from error
+        return fd
+
+    def log_path(self, environment_id: str, service: str) -> str:
+        """See ``core.interfaces.Files``."""
+        return str(self._logs / environment_id / f"{service}.log")
+
+    def remove(self, environment_id: str) -> None:
+        """See ``core.interfaces.Files``."""
+        for directory in (self._names / environment_id, self._logs / environment_id):
+            try:
+                shutil.rmtree(directory)
+            except FileNotFoundError:
+                continue
+            except OSError as error:
+                raise KernelError.at("files", error) from error
+
+    def observe(self) -> set[str]:
+        """See ``core.interfaces.Files``."""
+        return set(os.listdir(self._names)) | set(os.listdir(self._logs))
+
+    def cap_logs(self) -> int:
+        """Punch out the heads of logs that take too much disk. Returns how many grew beyond half of their bound."""
+        busy = 0
+        for directory in os.scandir(self._logs):
+            try:
+                for log in os.scandir(directory.path):
+                    taken = log.stat(follow_symlinks=False).st_blocks * 512
+                    if taken > self._log_bytes:
+                        self._punch(log.path)
+                    busy += taken > self._log_bytes // 2
+            except FileNotFoundError:
+                continue  # removed meanwhile
+        return busy
+
+    def _punch(self, path: str) -> None:
+        # Half of the bound is kept, so that a busy log is not punched at every look.
+        fd = os.open(path, os.O_WRONLY | os.O_NOFOLLOW | os.O_CLOEXEC)
+        try:
+            end = os.fstat(fd).st_size - self._log_bytes // 2
+            if end >= _BLOCK_BYTES:
+                libc.fallocate_punch_hole(fd, 0, end // _BLOCK_BYTES * _BLOCK_BYTES)
+        finally:
+            os.close(fd)
+
+
+def resolv_conf() -> str | None:
+    """What environments resolve names with: the host's own, or its uplink's where the host's is a loopback stub.
+
+    A stub at 127.0.0.53 is not there in another namespace. None where the host has no resolv.conf.
+    """
+    text = _read(_RESOLV_CONF)
+    if text is None or not _is_loopback_only(text):
+        return text
+    return _read(_UPLINK_RESOLV_CONF) or text
+
+
+def _is_loopback_only(text: str) -> bool:
+    servers = [line.split()[1] for line in text.splitlines() if line.startswith("nameserver") and len(line.split()) > 1]
+    return bool(servers) and all(server.startswith("127.") or server == "::1" for server in servers)
+
+
+def _read(path: Path) -> str | None:
+    try:
+        return path.read_text()
+    except OSError as error:
+        if error.errno not in (errno.ENOENT, errno.ENOTDIR):
+            raise KernelError.at("resolv.conf", error) from error
+        return None

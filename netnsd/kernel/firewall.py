@@ -1,0 +1,214 @@
+"""The host's rules: implements ``core.interfaces.Firewall``.
+
+One table. Its rules never change with the number of environments; elements of its maps and sets do. Everything is
+loaded in one transaction, so there is no moment in which a part of it is missing.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+from netnsd.core.addressing import BRIDGE_PREFIX
+from netnsd.core.interfaces import Opening
+from netnsd.kernel import bridges, sockets
+from netnsd.kernel.namespace_thread import NamespaceThread, Priority
+from netnsd.kernel.nft import Nft, NftError
+
+_RULES = """
+table ip netnsd {
+  map published { type inet_proto . inet_service : ipv4_addr . inet_service; %(published)s }
+  set owners { type ipv4_addr . uid; %(owners)s }
+  set pairs { type ipv4_addr . ipv4_addr; }
+  set uplinks { type ifname; %(uplinks)s }
+  set flows { type ipv4_addr; size 65536; flags dynamic; }
+
+  # route_localnet on the bridges lets the host's 127.0.0.1:PORT reach environments; nothing may use it the other way.
+  chain guard {
+    type filter hook prerouting priority -300;
+    iifname "%(bridge)s*" ip daddr 127.0.0.0/8 drop
+    iifname "%(bridge)s*" ip saddr != %(supernet)s drop
+    iifname != "%(bridge)s*" iifname != "lo" ip saddr %(supernet)s drop
+  }
+  chain publish_local {
+    type nat hook output priority -100;
+    ip daddr 127.0.0.0/8 meta l4proto { tcp, udp } dnat ip to meta l4proto . th dport map @published
+  }
+
+  # Only the owner (and root) reaches an environment. Every packet of the original direction is checked, not just the
+  # first: another user's socket on the owner's source port would pass as established otherwise.
+  chain from_host {
+    type filter hook output priority 0;
+    oifname != "%(bridge)s*" accept
+    meta skuid 0 accept
+    ip daddr . meta skuid @owners accept
+    ct direction original meta skuid 0-4294967295 reject
+    icmp type redirect drop
+    ct state new reject
+  }
+  chain translate {
+    type nat hook postrouting priority 100;
+    ip saddr 127.0.0.0/8 oifname "%(bridge)s*" masquerade
+    ip saddr %(supernet)s oifname != "%(bridge)s*" masquerade
+  }
+
+  # Between environments only pairs that are let; to the outside what they begin; from the outside nothing.
+  chain through {
+    type filter hook forward priority 0;
+    iifname "%(bridge)s*" jump from_environment
+    iifname "%(bridge)s*" accept
+    oifname "%(bridge)s*" ct state established,related accept
+    oifname "%(bridge)s*" drop
+    iifname @uplinks oifname @uplinks drop
+  }
+  chain from_environment {
+    ct state established,related accept
+    ct state invalid drop
+    ct state new add @flows { ip saddr ct count over %(flows)d } reject
+    oifname "%(bridge)s*" ip saddr . ip daddr @pairs accept
+    oifname "%(bridge)s*" reject with icmp type admin-prohibited
+    tcp flags syn tcp option maxseg size set rt mtu
+  }
+
+  # The host's own services are not for environments.
+  chain to_host {
+    type filter hook input priority 0;
+    iifname != "%(bridge)s*" accept
+    ct state established,related accept
+    icmp type echo-request accept
+    reject with icmp type admin-prohibited
+  }
+}
+"""
+_REPLACE = "add table ip netnsd\ndelete table ip netnsd\n"
+
+
+class NftFirewall:
+    """The table ``netnsd`` of the host.
+
+    Args:
+        thread: does everything; shared with the network.
+        supernet: all environments' addresses, in CIDR form.
+        flows_per_address: connections of one environment that the host tracks at once.
+    """
+
+    def __init__(self, thread: NamespaceThread, supernet: str, flows_per_address: int) -> None:
+        self._thread = thread
+        self._supernet = supernet
+        self._flows = flows_per_address
+        self._nft: Nft | None = None
+        self._loaded = ""
+
+    async def start(self) -> None:
+        """Open nftables in the host's namespace, and switch forwarding on for the uplinks."""
+        await self._thread.run(self._start, Priority.CREATE)
+
+    async def stop(self, *, remove: bool) -> None:
+        """Close; with ``remove`` the table goes too (no environment is left)."""
+        await self._thread.run(lambda: self._stop(remove=remove), Priority.CREATE)
+
+    async def open(self, opening: Opening) -> None:
+        """See ``core.interfaces.Firewall``."""
+        elements = _elements([opening])
+        await self._thread.run(lambda: self._run("".join(
+            f"add element ip netnsd {name} {{ {', '.join(values)} }}\n" for name, values in elements if values)),
+            Priority.CREATE)
+
+    async def close(self, openings: Sequence[Opening]) -> None:
+        """See ``core.interfaces.Firewall``."""
+        await self._thread.run(lambda: self._close(openings), Priority.REMOVE)
+
+    async def restore(self, openings: Sequence[Opening]) -> bool:
+        """See ``core.interfaces.Firewall``."""
+        return await self._thread.run(lambda: self._restore(openings), Priority.CHECK)
+
+    def is_listening(self, protocol: str, port: int) -> bool:
+        """See ``core.interfaces.Firewall``."""
+        return sockets.is_listening(protocol, port)
+
+    def _start(self) -> None:
+        self._nft = Nft()
+        for interface in bridges.uplinks():
+            bridges.switch_forwarding_on(interface)
+
+    def _stop(self, *, remove: bool) -> None:
+        if remove:
+            self._run(_REPLACE)
+        if self._nft is not None:
+            self._nft.close()
+            self._nft = None
+
+    def _run(self, commands: str, *, output_flags: int = 0) -> str:
+        assert self._nft is not None
+        return self._nft.run(commands, output_flags=output_flags)
+
+    def _close(self, openings: Sequence[Opening]) -> None:
+        commands = [f"delete element ip netnsd {name} {{ {value.partition(' : ')[0]} }}\n"
+                    for name, values in _elements(openings) for value in values]
+        try:
+            self._run("".join(commands))
+        except NftError as error:
+            if not error.is_missing:
+                raise
+            for command in commands:
+                try:
+                    self._run(command)
+                except NftError as error:
+                    if not error.is_missing:
+                        raise
+
+    def _restore(self, openings: Sequence[Opening]) -> bool:
+        if self._loaded and self._listing() == self._loaded and self._present() == _present(openings):
+            return False
+        # Switching forwarding on for an uplink alone must not make the host a router between its uplinks.
+        alone = [] if bridges.host_forwards() else bridges.uplinks()
+        self._run(_REPLACE + rules(supernet=self._supernet, flows=self._flows, openings=openings, uplinks=alone))
+        self._loaded = self._listing()
+        return True
+
+    def _listing(self) -> str:
+        try:
+            return self._run("list table ip netnsd", output_flags=Nft.TERSE)
+        except NftError as error:
+            if error.is_missing:
+                return ""
+            raise
+
+    def _present(self) -> set[str]:
+        found = set()
+        for kind, name in (("map", "published"), ("set", "owners")):
+            listing = json.loads(self._run(f"list {kind} ip netnsd {name}", output_flags=Nft.JSON))
+            for entry in listing["nftables"]:
+                for element in entry.get(kind, {}).get("elem", []):
+                    found.add(_flat(element))
+        return found
+
+
+def rules(*, supernet: str, flows: int, openings: Sequence[Opening] = (), uplinks: Sequence[str] = ()) -> str:
+    """The whole table as nft commands. Arguments as in ``NftFirewall``; ``uplinks`` are not routed between."""
+    elements = dict(_elements(openings)) | {"uplinks": [f'"{name}"' for name in uplinks]}
+    return _RULES % {
+        **{name: f"elements = {{ {', '.join(values)} }}" if values else "" for name, values in elements.items()},
+        "supernet": supernet, "bridge": BRIDGE_PREFIX, "flows": flows}
+
+
+def _elements(openings: Iterable[Opening]) -> list[tuple[str, list[str]]]:
+    """The elements of each set and map, as nft writes them."""
+    owners, published = [], []
+    for opening in openings:
+        owners.append(f"{opening.address} . {opening.uid}")
+        published.extend(f"{p.protocol} . {p.published} : {opening.address} . {p.port}" for p in opening.publications)
+    return [("owners", owners), ("published", published)]
+
+
+def _present(openings: Iterable[Opening]) -> set[str]:
+    return {value for _name, values in _elements(openings) for value in values}
+
+
+def _flat(element: Any) -> str:
+    """An element of nft's JSON, as nft writes it."""
+    if isinstance(element, list):
+        return " : ".join(_flat(part) for part in element)
+    return " . ".join(str(part) for part in element["concat"])
+

@@ -1,0 +1,69 @@
+"""What a namespace needs before servers run in it, done by NamespaceThread inside it: sysctls and the inner table.
+
+Most dev servers listen on 127.0.0.1 alone. Traffic to the environment's address for which no socket listens is sent
+to 127.0.0.1 instead. And an environment reaches its own published ports as the host does, at localhost:PUBLISHED.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+
+from netnsd.core.interfaces import Publication
+from netnsd.kernel.nft import Nft, NftError
+
+_SYSCTLS = (
+    # Servers are not root: any port may be bound, and ping works without a capability.
+    ("/proc/sys/net/ipv4/ip_unprivileged_port_start", b"0"),
+    ("/proc/sys/net/ipv4/ping_group_range", b"0 2147483647"),
+    # Lets the table below send what arrived by eth0 to 127.0.0.1.
+    ("/proc/sys/net/ipv4/conf/eth0/route_localnet", b"1"),
+)
+_IPV6_OFF = "/proc/sys/net/ipv6/conf/all/disable_ipv6"
+
+_TABLE = """
+table ip netnsd {
+  map published { type inet_proto . inet_service : inet_service; elements = { %s } }
+  chain arriving {
+    type nat hook prerouting priority -100;
+    iifname "eth0" fib daddr type local meta l4proto { tcp, udp } jump loopback
+  }
+  chain loopback {
+    socket wildcard { 0, 1 } return
+    dnat to 127.0.0.1
+  }
+  chain own {
+    type nat hook output priority -100;
+    ip daddr 127.0.0.0/8 meta l4proto { tcp, udp } redirect to : meta l4proto . th dport map @published
+  }
+}
+"""
+
+
+def furnish(publications: Sequence[Publication]) -> None:
+    """Set up the calling thread's namespace. May be done again. Raises OSError, NftError."""
+    for path, value in _SYSCTLS:
+        _write(path, value)
+    if os.path.exists(_IPV6_OFF):
+        _write(_IPV6_OFF, b"1")
+    # Not "delete, then add": closing a socket that deleted a table waits 10 ms and more for its memory to be freed
+    # (nft_rcv_nl_event in net/netfilter/nf_tables_api.c).
+    with Nft() as nft:
+        try:
+            nft.run("create table ip netnsd\n" + _table(publications))
+        except NftError as error:
+            if not error.exists:
+                raise
+
+
+def _table(publications: Sequence[Publication]) -> str:
+    elements = ", ".join(f"{p.protocol} . {p.published} : {p.port}" for p in publications)
+    return _TABLE % elements if elements else _TABLE.replace(" elements = { %s }", "")
+
+
+def _write(path: str, value: bytes) -> None:
+    fd = os.open(path, os.O_WRONLY | os.O_CLOEXEC)
+    try:
+        os.write(fd, value)
+    finally:
+        os.close(fd)

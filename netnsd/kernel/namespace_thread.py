@@ -1,0 +1,140 @@
+"""The one thread that enters network namespaces.
+
+trio's pooled threads must never change namespace: a thread that has moved and is reused is a silent wrong-namespace
+bug. So one thread of our own does all of it, one job after another, and is back in the host's namespace after each:
+while it stood in a namespace, that namespace could not be deleted.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import enum
+import errno
+import itertools
+import os
+import queue
+import threading
+from collections.abc import Callable
+from typing import TypeVar
+
+import trio
+
+from netnsd.errors import ShuttingDown
+from netnsd.kernel import libc
+
+T = TypeVar("T")
+_Job = Callable[[], None]
+
+_SELF_NETNS = "/proc/thread-self/ns/net"
+
+
+class Priority(enum.IntEnum):
+    """What goes first: somebody waits for a create, nobody for a check."""
+
+    CREATE = 0
+    FURNISH = 1
+    REMOVE = 2
+    CHECK = 3
+    STOP = 4
+
+
+class NamespaceThread:
+    """Runs jobs in its thread. Use it as a context manager: leaving it ends the thread after what is queued."""
+
+    def __init__(self) -> None:
+        self._jobs: queue.PriorityQueue[tuple[int, int, _Job | None]] = queue.PriorityQueue()
+        self._order = itertools.count()
+        self._host_fd = os.open(_SELF_NETNS, os.O_RDONLY | os.O_CLOEXEC)
+        self._thread = threading.Thread(target=self._work, name="namespaces", daemon=True)
+        self._closed = False
+
+    def __enter__(self) -> NamespaceThread:
+        self._thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._closed = True
+        self._jobs.put((Priority.STOP, next(self._order), None))
+        self._thread.join()
+        os.close(self._host_fd)
+
+    async def run(self, job: Callable[[], T], priority: Priority) -> T:
+        """Run ``job`` in the thread and return what it returns, or raise what it raises.
+
+        A job that was queued is always run to its end, also when the caller is cancelled (which then takes effect
+        at the caller's next checkpoint), so that a caller always learns what was made and can undo it.
+
+        Raises ShuttingDown after the thread was ended.
+        """
+        if self._closed:
+            raise ShuttingDown("the daemon is stopping")
+        token, done = trio.lowlevel.current_trio_token(), trio.Event()
+        result: list[T] = []
+        failure: list[BaseException] = []
+
+        def call() -> None:
+            try:
+                result.append(job())
+            except BaseException as error:  # handed to the caller, whole  # noqa: BLE001
+                failure.append(error)
+            finally:
+                libc.setns(self._host_fd, libc.CLONE_NEWNET)
+                token.run_sync_soon(done.set)
+
+        self._jobs.put((priority, next(self._order), call))
+        with trio.CancelScope(shield=True):
+            await done.wait()
+        if failure:
+            raise failure[0]
+        return result[0]
+
+    def _work(self) -> None:
+        while True:
+            _priority, _order, job = self._jobs.get()
+            if job is None:
+                return
+            job()
+
+
+def enter_new() -> None:
+    """Put the calling thread (of NamespaceThread) in a new network namespace."""
+    libc.unshare(libc.CLONE_NEWNET)
+
+
+def enter(path: str) -> None:
+    """Put the calling thread (of NamespaceThread) in the network namespace pinned at ``path``."""
+    fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+    try:
+        libc.setns(fd, libc.CLONE_NEWNET)
+    finally:
+        os.close(fd)
+
+
+def open_own() -> int:
+    """A descriptor of the calling thread's network namespace. The caller closes it."""
+    return os.open(_SELF_NETNS, os.O_RDONLY | os.O_CLOEXEC)
+
+
+def pin(path: str) -> None:
+    """Bind the calling thread's network namespace on the new file ``path``. Raises FileExistsError."""
+    os.close(os.open(path, os.O_RDONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o444))
+    try:
+        libc.mount(_SELF_NETNS, path, None, libc.MS_BIND)
+    except OSError:
+        os.unlink(path)
+        raise
+
+
+def unpin(path: str) -> None:
+    """Undo ``pin``. What is gone already is fine; a half-made one, and mounts stacked on the name, are too."""
+    while True:
+        try:
+            libc.umount2(path, libc.MNT_DETACH)
+        except FileNotFoundError:
+            return
+        except OSError as error:
+            if error.errno == errno.EINVAL:  # nothing is mounted there any more
+                break
+            raise
+    with contextlib.suppress(FileNotFoundError):
+        os.unlink(path)

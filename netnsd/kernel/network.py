@@ -1,0 +1,224 @@
+"""Namespaces, links and addresses: implements ``core.interfaces.Network``.
+
+A namespace is pinned twice. The pin under the runtime directory, named after the slot, says that it is ours; the pin
+in /run/netns makes it an ordinary named namespace. A name whose inode is not that of the slot's pin is somebody
+else's, whatever our records say, and is never touched.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
+from pathlib import Path
+from typing import TypeVar
+
+from netnsd.core.addressing import PORT_PREFIX, Slot
+from netnsd.core.interfaces import Listener, Publication
+from netnsd.errors import KernelError, NetnsTaken
+from netnsd.kernel import bridges, inner, libc, namespace_thread, rtnetlink, sockets
+from netnsd.kernel.namespace_thread import NamespaceThread, Priority
+
+NETNS_DIRECTORY = Path("/run/netns")
+_GONE = frozenset({errno.ENODEV, errno.ENOENT, errno.ESRCH})
+
+T = TypeVar("T")
+
+
+class KernelNetwork:
+    """The kernel's side of slots.
+
+    Args:
+        thread: does everything; shared with the firewall.
+        runtime: the daemon's runtime directory; pins of slots are kept below it.
+        mtu_bytes: of bridges and links.
+    """
+
+    def __init__(self, thread: NamespaceThread, runtime: Path, mtu_bytes: int) -> None:
+        self._thread = thread
+        self._pins = runtime / "slots"
+        self._bridges = bridges.Bridges(mtu_bytes)
+        self._route: rtnetlink.RouteSocket | None = None
+
+    @property
+    def pins(self) -> Path:
+        """The directory of the slots' pins. Mount namespaces of servers must not hold copies of them."""
+        return self._pins
+
+    async def open(self) -> None:
+        """Make the directories into mounts of their own, as ip-netns(8) does, and read what there is."""
+        await self._thread.run(self._open, Priority.CREATE)
+
+    async def close(self, *, remove: bool) -> None:
+        """Close sockets; with ``remove`` take bridges and mounts away (no environment is left)."""
+        await self._thread.run(lambda: self._close(remove=remove), Priority.CREATE)
+
+    async def wire(self, slot: Slot, netns: str) -> None:
+        """See ``core.interfaces.Network``."""
+        await self._thread.run(lambda: self._wire(slot, netns), Priority.CREATE)
+
+    async def furnish(self, slot: Slot, publications: Sequence[Publication]) -> None:
+        """See ``core.interfaces.Network``."""
+        await self._in_slot("furnish", slot, lambda: inner.furnish(publications), Priority.FURNISH)
+
+    async def listeners(self, slot: Slot) -> frozenset[Listener]:
+        """See ``core.interfaces.Network``."""
+        return await self._in_slot("listeners", slot, sockets.listeners, Priority.CHECK)
+
+    async def unwire(self, slots: Sequence[tuple[Slot, str]]) -> None:
+        """See ``core.interfaces.Network``."""
+        await self._thread.run(lambda: self._unwire(slots), Priority.REMOVE)
+
+    async def observe(self) -> set[int]:
+        """See ``core.interfaces.Network``."""
+        return await self._thread.run(self._observe, Priority.CHECK)
+
+    async def intact(self, slot: Slot, netns: str) -> bool:
+        """See ``core.interfaces.Network``."""
+        return await self._thread.run(lambda: self._intact(slot, netns), Priority.CHECK)
+
+    def is_taken(self, netns: str) -> bool:
+        """See ``core.interfaces.Network``."""
+        return os.path.lexists(NETNS_DIRECTORY / netns)
+
+    async def _in_slot(self, stage: str, slot: Slot, job: Callable[[], T], priority: Priority) -> T:
+        def call() -> T:
+            try:
+                namespace_thread.enter(self._pin(slot.index))
+                return job()
+            except OSError as error:
+                raise KernelError.at(getattr(error, "stage", stage), error) from error
+
+        return await self._thread.run(call, priority)
+
+    def _pin(self, index: int) -> str:
+        return f"{self._pins}/{index}"
+
+    def _open(self) -> None:
+        try:
+            for directory in (NETNS_DIRECTORY, self._pins):
+                directory.mkdir(mode=0o755, parents=True, exist_ok=True)
+            _make_mount(NETNS_DIRECTORY, libc.MS_SHARED)
+            _make_mount(self._pins, libc.MS_PRIVATE)
+            self._route = rtnetlink.RouteSocket()
+        except OSError as error:
+            raise KernelError.at("open", error) from error
+        self._bridges.load()
+
+    def _close(self, *, remove: bool) -> None:
+        if self._route is not None:
+            self._route.close()
+            self._route = None
+        if remove:
+            self._bridges.remove()
+            libc.umount2(str(self._pins), libc.MNT_DETACH)
+            self._pins.rmdir()
+
+    def _wire(self, slot: Slot, netns: str) -> None:
+        assert self._route is not None
+        stage = "bridge"
+        try:
+            with ExitStack() as undo:
+                self._bridges.ensure(slot.bridge)
+                stage = "namespace"
+                namespace_thread.enter_new()
+                stage = "pin"
+                namespace_thread.unpin(self._pin(slot.index))  # one that is there is ours, of a slot that is free
+                namespace_thread.pin(self._pin(slot.index))
+                undo.callback(namespace_thread.unpin, self._pin(slot.index))
+                self._name(netns)
+                undo.callback(self._unname, slot.index, str(NETNS_DIRECTORY / netns))
+                stage = "link"
+                own = namespace_thread.open_own()
+                try:
+                    undo.callback(self._unlink, [slot])
+                    self._route.transact(rtnetlink.host_batch(slot, own))
+                finally:
+                    os.close(own)
+                inside = rtnetlink.RouteSocket()
+                try:
+                    inside.transact(rtnetlink.inside_batch(slot))
+                finally:
+                    inside.close()
+                undo.pop_all()
+        except OSError as error:
+            raise KernelError.at(getattr(error, "stage", stage), error) from error
+
+    def _name(self, netns: str) -> None:
+        try:
+            namespace_thread.pin(str(NETNS_DIRECTORY / netns))
+        except FileExistsError as error:
+            raise NetnsTaken(f"the namespace {netns!r} was made by somebody else meanwhile",
+                             hint="Choose another name.", netns=netns) from error
+
+    def _unwire(self, slots: Sequence[tuple[Slot, str]]) -> None:
+        errors: list[Exception] = []
+
+        def attempt(stage: str, action: Callable[[], None]) -> None:
+            try:
+                action()
+            except OSError as error:
+                errors.append(KernelError.at(getattr(error, "stage", stage), error))
+
+        # The host's ends first, explicitly: a namespace that sockets with unsent data pin keeps its own for seconds.
+        attempt("link", lambda: self._unlink([slot for slot, _ in slots]))
+        for slot, netns in slots:
+            name = str(NETNS_DIRECTORY / netns)
+            attempt("unpin", lambda index=slot.index, name=name: self._unname(index, name))  # type: ignore[misc]
+            attempt("unpin", lambda index=slot.index: namespace_thread.unpin(self._pin(index)))  # type: ignore[misc]
+        if errors:
+            raise ExceptionGroup("unwire", errors)
+
+    def _unlink(self, slots: list[Slot]) -> None:
+        assert self._route is not None
+        if slots:
+            self._route.transact(rtnetlink.doom_batch(slots), ignore=_GONE)
+            self._route.transact(rtnetlink.delete_doomed_batch(), ignore=_GONE)
+
+    def _unname(self, index: int, name: str) -> None:
+        """Remove the name in /run/netns where it is ours: same namespace as the slot's pin, or left half-made."""
+        ours, named = _inode(self._pin(index)), _inode(name)
+        if named is None or (_is_namespace(named) and (ours is None or named.st_ino != ours.st_ino)):
+            return
+        if not _is_namespace(named) and named.st_size:
+            return
+        namespace_thread.unpin(name)
+
+    def _observe(self) -> set[int]:
+        found = {int(entry) for entry in os.listdir(self._pins) if entry.isdigit()}
+        for name in self._bridges.ports():
+            number = name.removeprefix(PORT_PREFIX)
+            if number.isdigit():
+                found.add(int(number))
+        return found
+
+    def _intact(self, slot: Slot, netns: str) -> bool:
+        ours, named = _inode(self._pin(slot.index)), _inode(str(NETNS_DIRECTORY / netns))
+        return (ours is not None and _is_namespace(ours) and named is not None and named.st_ino == ours.st_ino
+                and self._bridges.has_link(slot.port_name))
+
+
+def _inode(path: str) -> os.stat_result | None:
+    try:
+        return os.lstat(path)
+    except FileNotFoundError:
+        return None
+
+
+def _is_namespace(status: os.stat_result) -> bool:
+    """Whether this is a file of nsfs: all namespaces are on the one device that our own is on."""
+    return status.st_dev == os.stat("/proc/self/ns/net").st_dev
+
+
+def _make_mount(directory: Path, propagation: int) -> None:
+    """Make ``directory`` a mount of its own with that propagation, unless it is one already."""
+    try:
+        libc.mount(None, str(directory), None, propagation | libc.MS_REC)
+    except OSError as error:
+        if error.errno != errno.EINVAL:
+            raise
+        libc.mount(str(directory), str(directory), None, libc.MS_BIND | libc.MS_REC)
+        libc.mount(None, str(directory), None, propagation | libc.MS_REC)
+
+

@@ -1,0 +1,348 @@
+"""The daemon's end of the launcher: starts it when none answers, and speaks with it."""
+
+from __future__ import annotations
+
+import contextlib
+import itertools
+import json
+import math
+import os
+import signal
+import socket
+import sys
+from collections import deque
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import trio
+
+from netnsd.core.interfaces import Exited, Launch, Running
+from netnsd.errors import LauncherUnavailable, LaunchFailed
+from netnsd.kernel import launcher
+from netnsd.kernel._child import StageError
+from netnsd.kernel._messages import HEADER, Kind, decode, encode, read_sealed, receive, sealed_memfd, send
+
+START_SECONDS = 5.0
+RETRY_SECONDS = 1.0
+NETNS_DIRECTORY = "/run/netns"
+
+
+@dataclass(slots=True)
+class _Request:
+    """A question on its way. ``fds`` are its own, closed when it was sent or dropped."""
+
+    id: int
+    data: bytes
+    fds: list[int]
+    done: trio.Event = field(default_factory=trio.Event)
+    body: dict[str, Any] = field(default_factory=dict)
+    answer_fd: int | None = None
+    failure: str | None = None
+    abandoned: bool = False
+
+    def close(self) -> None:
+        while self.fds:
+            os.close(self.fds.pop())
+
+
+class LauncherProcesses:
+    """Implements ``core.interfaces.Processes``.
+
+    ``run`` owns the connection. An end may be told twice on ``exits``: it is told again until it is acknowledged.
+
+    Args:
+        socket_path: where the launcher listens, or will.
+        cgroup_root: the directory that ``Launch.cgroup`` is relative to.
+        hide: mounted directories that must not be copied into servers' mount namespaces.
+    """
+
+    def __init__(self, socket_path: str, cgroup_root: str, hide: list[str]) -> None:
+        self._socket_path = socket_path
+        self._cgroup_root = cgroup_root
+        self._hide = hide
+        self._ids = itertools.count(1)
+        self._asked: dict[int, _Request] = {}
+        self._unsent: deque[_Request] = deque()
+        self._has_unsent = trio.Event()
+        self._socket: socket.socket | None = None
+        self._launcher_pid: int | None = None
+        self._connected = trio.Event()
+        self._tell_exit, self._exits = trio.open_memory_channel[Exited | None](math.inf)
+
+    @property
+    def exits(self) -> trio.MemoryReceiveChannel[Exited | None]:
+        """Ends as they happen; None when the connection was lost: the next launcher may know nothing of what runs."""
+        return self._exits
+
+    # -- what core calls ------------------------------------------------------------------------------------------
+
+    async def launch(self, launch: Launch) -> int:
+        """Start it and return its pid once it has been exec'd. Raises LaunchFailed, LauncherUnavailable.
+
+        Cancelled after the launcher was asked, the command is killed as soon as the launcher says that it started;
+        should the launcher's connection break before that, what is left is in the launch's cgroup.
+        """
+        if launch.log_fd is None:
+            raise ValueError("a launch needs a log")
+        request = await self._ask(Kind.SPAWN, self._order(launch, launch.log_fd))
+        if request.answer_fd is not None:
+            os.close(request.answer_fd)
+        pid: int = request.body["pid"]
+        return pid
+
+    async def attach(self, launch: Launch, connection: int) -> None:
+        """Hand ``connection`` (borrowed) over to a monitor, which alone speaks with its peer from then on.
+
+        Raises LaunchFailed where not even that works, and LauncherUnavailable.
+        """
+        await self._ask(Kind.ATTACH, self._order(launch, connection))
+
+    async def known(self) -> tuple[Sequence[Running], Sequence[Exited]]:
+        """What runs, and the ends that were not yet acknowledged. Raises LauncherUnavailable."""
+        request = await self._ask(Kind.KNOWN, [])
+        assert request.answer_fd is not None
+        try:
+            known = json.loads(read_sealed(request.answer_fd))
+        finally:
+            os.close(request.answer_fd)
+        return [Running(*one) for one in known["running"]], [Exited(*one) for one in known["exits"]]
+
+    def acknowledge(self, launch_id: str) -> None:
+        """The end of this launch is stored: the launcher may forget it. Lost with a connection, as the end is told
+        again then.
+        """
+        if self._socket is not None:
+            self._post(_Request(0, encode(Kind.ACKNOWLEDGE, 0, {"launch_id": launch_id}), []))
+
+    def retire(self) -> None:
+        """End the launcher, which nothing needs any more; servers would go on without their exit codes."""
+        if self._launcher_pid is not None:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(self._launcher_pid, signal.SIGTERM)
+
+    def _order(self, launch: Launch, borrowed: int) -> list[int]:
+        """The descriptors of one start: cgroup.procs, the namespace, the log or connection, and all the rest."""
+        order = {
+            "launch_id": launch.launch_id, "argv": launch.argv, "env": launch.env, "cwd": launch.cwd,
+            "uid": launch.uid, "gid": launch.gid, "groups": launch.groups, "umask": launch.umask,
+            "limits": launch.limits, "setuid": launch.setuid, "hosts_file": launch.hosts_file,
+            "resolv_file": launch.resolv_file, "hostname": launch.hostname, "tty": launch.tty,
+        }
+        with contextlib.ExitStack() as undo:
+            fds: list[int] = []
+            for stage, path, flags in (
+                ("cgroup", os.path.join(self._cgroup_root, launch.cgroup, "cgroup.procs"), os.O_WRONLY),
+                ("setns", os.path.join(NETNS_DIRECTORY, launch.netns), os.O_RDONLY),
+            ):
+                try:
+                    fds.append(os.open(path, flags | os.O_CLOEXEC))
+                except OSError as error:
+                    failure = StageError(stage, error.errno or 0, path)
+                    raise _launch_failed(failure.message, failure.hint, stage, failure.errno_name) from error
+                undo.callback(os.close, fds[-1])
+            fds.append(os.dup(borrowed))
+            undo.callback(os.close, fds[-1])
+            fds.append(sealed_memfd(json.dumps(order).encode()))
+            undo.pop_all()
+        return fds
+
+    # -- questions and answers ------------------------------------------------------------------------------------
+
+    async def _ask(self, kind: Kind, fds: list[int]) -> _Request:
+        """Send a request, which owns ``fds``, and return it with its answer."""
+        number = next(self._ids)
+        request = _Request(number, encode(kind, number), fds)
+        try:
+            with trio.move_on_after(START_SECONDS):
+                await self._connected.wait()
+            self._check_connected()
+            self._asked[number] = request
+            self._post(request)
+            await request.done.wait()
+        except BaseException:
+            self._abandon(request)
+            raise
+        if request.failure is not None:
+            raise LauncherUnavailable(request.failure, hint="Look at the daemon's log, or try again.")
+        if "failure" in request.body:
+            raise _launch_failed(**request.body["failure"])
+        return request
+
+    def _check_connected(self) -> None:
+        if self._socket is None:
+            raise LauncherUnavailable("the launcher does not answer", hint="It is being started again. Try again.")
+
+    def _abandon(self, request: _Request) -> None:
+        """Nobody waits for it any more: it is not sent, or else its answer undoes what it did."""
+        request.abandoned = True
+        if request in self._unsent:
+            self._unsent.remove(request)
+            self._asked.pop(request.id, None)
+        if request.id not in self._asked:
+            request.close()
+            _discard(request)
+
+    def _post(self, request: _Request) -> None:
+        self._unsent.append(request)
+        self._flush()
+        if self._unsent:
+            self._has_unsent.set()
+
+    def _flush(self) -> None:
+        """Send what fits now. The reader finds, and clears up after, a broken connection."""
+        while self._unsent and self._socket is not None:
+            request = self._unsent[0]
+            try:
+                send(self._socket, request.data, request.fds)
+            except BlockingIOError:
+                return
+            except OSError:
+                with contextlib.suppress(OSError):
+                    self._socket.shutdown(socket.SHUT_RDWR)
+                return
+            self._unsent.popleft()
+            request.close()
+
+    def _handle(self, data: bytes, fds: list[int]) -> None:
+        kind, body = decode(data)
+        if kind is Kind.EXIT:
+            self._tell_exit.send_nowait(Exited(body["launch_id"], body["code"]))
+            return
+        request = self._asked.pop(HEADER.unpack_from(data)[2], None)
+        if request is None:
+            return
+        request.body = body
+        request.answer_fd = fds.pop() if fds else None
+        if kind is Kind.ERROR:
+            request.failure = f"the launcher refused: {body.get('message')}"
+        if request.abandoned:
+            _discard(request)
+        request.done.set()
+
+    # -- the connection -------------------------------------------------------------------------------------------
+
+    async def run(self, *, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
+        """Keep a launcher at hand until cancelled. Raises LauncherUnavailable when the first does not come up."""
+        sock = await self._connect()
+        while True:
+            try:
+                self._socket = sock
+                self._connected.set()
+                task_status.started()
+                task_status = trio.TASK_STATUS_IGNORED
+                await self._speak(sock)
+            finally:
+                self._lose(sock)
+            self._tell_exit.send_nowait(None)
+            while True:
+                try:
+                    sock = await self._connect()
+                    break
+                except LauncherUnavailable:
+                    await trio.sleep(RETRY_SECONDS)
+
+    async def _speak(self, sock: socket.socket) -> None:
+        """Read until the connection ends."""
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(self._send_rest, sock)
+            while True:
+                await trio.lowlevel.wait_readable(sock)
+                try:
+                    while True:
+                        data, fds = receive(sock)
+                        if not data:
+                            nursery.cancel_scope.cancel()
+                            return
+                        try:
+                            self._handle(data, fds)
+                        finally:
+                            for fd in fds:
+                                os.close(fd)
+                except BlockingIOError:
+                    continue
+                except (ConnectionError, ValueError, KeyError):  # a peer that does not speak as we do is lost too
+                    nursery.cancel_scope.cancel()
+                    return
+
+    async def _send_rest(self, sock: socket.socket) -> None:
+        while True:
+            await self._has_unsent.wait()
+            self._has_unsent = trio.Event()
+            while self._unsent:
+                await trio.lowlevel.wait_writable(sock)
+                self._flush()
+
+    def _lose(self, sock: socket.socket) -> None:
+        self._socket = None
+        self._connected = trio.Event()
+        sock.close()
+        for request in (*self._asked.values(), *self._unsent):
+            request.failure = "the launcher ended while it was asked"
+            request.close()
+            request.done.set()
+        self._asked.clear()
+        self._unsent.clear()
+
+    async def _connect(self) -> socket.socket:
+        """A connection to a launcher that speaks our protocol; one is started where none listens."""
+        sock = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET | socket.SOCK_NONBLOCK)
+        try:
+            try:
+                sock.connect(self._socket_path)
+            except (FileNotFoundError, ConnectionRefusedError):
+                await self._start()
+                sock.connect(self._socket_path)
+            send(sock, encode(Kind.HELLO, next(self._ids)))
+            with trio.fail_after(START_SECONDS):
+                await trio.lowlevel.wait_readable(sock)
+            data, _fds = receive(sock)
+            kind, body = decode(data)
+        except (OSError, ValueError, trio.TooSlowError) as error:
+            sock.close()
+            raise LauncherUnavailable(f"the launcher at {self._socket_path} does not answer: {error}") from error
+        except BaseException:
+            sock.close()
+            raise
+        self._launcher_pid = body.get("pid")
+        if kind is not Kind.HELLO:
+            sock.close()
+            raise LauncherUnavailable(f"the launcher at {self._socket_path} refused: {body.get('message')}",
+                                      hint="It may be of another version: it ends on SIGTERM, and servers go on.")
+        return sock
+
+    async def _start(self) -> None:
+        """Start a launcher that is not our child. posix_spawn, as a fork would copy the daemon's memory tables."""
+        arguments = [sys.executable, "-I", "-S", "-X", "utf8", launcher.__file__, "--detach"]
+        arguments += ["--socket", self._socket_path]
+        for directory in self._hide:
+            arguments += ["--hide", directory]
+        stdin = (os.POSIX_SPAWN_OPEN, 0, "/dev/null", os.O_RDONLY, 0)
+        environment = {"PATH": os.defpath}
+        pid = os.posix_spawn(sys.executable, arguments, environment, file_actions=[stdin])  # noqa: ASYNC221  # 1 ms
+        handle = os.pidfd_open(pid)
+        try:
+            with trio.move_on_after(START_SECONDS):
+                await trio.lowlevel.wait_readable(handle)
+        finally:
+            # It listens before it ends; one that did not end in time is killed, and reaped in any case.
+            with contextlib.suppress(ProcessLookupError):
+                signal.pidfd_send_signal(handle, signal.SIGKILL)
+            os.close(handle)
+            code = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])  # noqa: ASYNC222  # it has ended
+        if code not in (0, launcher.EXIT_ALREADY_RUNNING):
+            raise LauncherUnavailable(f"the launcher could not be started (exit code {code})")
+
+
+def _discard(request: _Request) -> None:
+    """Undo what an answer brought that nobody waits for: a started command is killed through its pidfd."""
+    if request.answer_fd is not None:
+        if "pid" in request.body:
+            with contextlib.suppress(ProcessLookupError):
+                signal.pidfd_send_signal(request.answer_fd, signal.SIGKILL)
+        os.close(request.answer_fd)
+        request.answer_fd = None
+
+
+def _launch_failed(message: str, hint: str, stage: str, errno: str) -> LaunchFailed:
+    return LaunchFailed(message, hint=hint, stage=stage, errno=errno)

@@ -1,0 +1,208 @@
+"""The state file: SQLite in WAL mode. A row states what is intended before the kernel is touched.
+
+``synchronous=NORMAL``: a commit costs tens of microseconds and survives any death of the daemon. Power loss may take
+the last commits, and takes the namespaces with it anyway.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+import sqlite3
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from netnsd.core.addressing import Plan
+from netnsd.core.environment import Command, Environment, PublishedPort, Service
+from netnsd.errors import AlreadyRunning, StoreError
+
+SCHEMA_VERSION = 1
+
+_SCHEMA = """
+CREATE TABLE environments (
+    id TEXT PRIMARY KEY,
+    name TEXT NOT NULL,
+    uid INTEGER NOT NULL,
+    user TEXT NOT NULL,
+    slot INTEGER NOT NULL UNIQUE,
+    netns TEXT NOT NULL UNIQUE,
+    labels TEXT NOT NULL,
+    share TEXT NOT NULL,
+    state TEXT NOT NULL,
+    created_at TEXT NOT NULL,
+    boot_id TEXT NOT NULL,
+    UNIQUE (uid, name)
+) STRICT;
+CREATE TABLE ports (
+    environment TEXT NOT NULL REFERENCES environments (id) ON DELETE CASCADE,
+    port INTEGER NOT NULL,
+    protocol TEXT NOT NULL,
+    published INTEGER NOT NULL,
+    listen TEXT NOT NULL,
+    PRIMARY KEY (protocol, published)
+) STRICT;
+CREATE INDEX ports_by_environment ON ports (environment);
+CREATE TABLE services (
+    environment TEXT NOT NULL REFERENCES environments (id) ON DELETE CASCADE,
+    name TEXT NOT NULL,
+    command TEXT NOT NULL,
+    state TEXT NOT NULL,
+    pid INTEGER,
+    launch_id TEXT,
+    exit_code INTEGER,
+    PRIMARY KEY (environment, name)
+) STRICT;
+"""
+
+
+class SqliteStore:
+    """The state file of one daemon; implements ``core.interfaces.Store``.
+
+    Args:
+        directory: the state directory, made when it is missing, for root alone.
+        plan: gives slots back from their indexes.
+
+    Raises AlreadyRunning where another daemon has it open, StoreError where it cannot be used.
+    """
+
+    def __init__(self, directory: Path, plan: Plan) -> None:
+        self._plan = plan
+        self._lock = _lock(directory)
+        with _translated():
+            self._db = sqlite3.connect(directory / "netnsd.db", isolation_level=None, timeout=5.0)
+            os.chmod(directory / "netnsd.db", 0o600)
+            self._db.row_factory = sqlite3.Row
+            for pragma in ("journal_mode = WAL", "synchronous = NORMAL", "foreign_keys = ON"):
+                self._db.execute(f"PRAGMA {pragma}")
+        self._migrate()
+
+    def close(self) -> None:
+        """Close the file and let another daemon have it."""
+        self._db.close()
+        os.close(self._lock)
+
+    @contextmanager
+    def transaction(self) -> Iterator[None]:
+        """See ``core.interfaces.Store``."""
+        with _translated():
+            self._db.execute("BEGIN IMMEDIATE")
+            try:
+                yield
+            except BaseException:
+                self._db.execute("ROLLBACK")
+                raise
+            self._db.execute("COMMIT")
+
+    def environments(self) -> list[Environment]:
+        """See ``core.interfaces.Store``."""
+        with _translated():
+            ports: dict[str, list[PublishedPort]] = {}
+            for row in self._db.execute("SELECT * FROM ports ORDER BY rowid"):
+                ports.setdefault(row["environment"], []).append(
+                    PublishedPort(row["port"], row["protocol"], row["published"], row["listen"]))
+            services: dict[str, dict[str, Service]] = {}
+            for row in self._db.execute("SELECT * FROM services ORDER BY rowid"):
+                services.setdefault(row["environment"], {})[row["name"]] = Service(
+                    row["name"], _command(row["command"]), row["state"], row["pid"], row["launch_id"],
+                    row["exit_code"])
+            return [
+                Environment(
+                    id=row["id"], name=row["name"], uid=row["uid"], user=row["user"],
+                    slot=self._slot(row["slot"]), netns=row["netns"], labels=json.loads(row["labels"]),
+                    share=row["share"], created_at=row["created_at"], boot_id=row["boot_id"],
+                    ports=tuple(ports.get(row["id"], ())), state=row["state"], services=services.get(row["id"], {}))
+                for row in self._db.execute("SELECT * FROM environments ORDER BY created_at, rowid")
+            ]
+
+    def add(self, environment: Environment) -> None:
+        """See ``core.interfaces.Store``."""
+        e = environment
+        with _translated():
+            self._db.execute(
+                "INSERT INTO environments (id, name, uid, user, slot, netns, labels, share, state, created_at, boot_id)"
+                " VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)",
+                (e.id, e.name, e.uid, e.user, e.slot.index, e.netns, json.dumps(e.labels), e.share, e.state,
+                 e.created_at, e.boot_id))
+            self._db.executemany(
+                "INSERT INTO ports (environment, port, protocol, published, listen) VALUES (?, ?, ?, ?, ?)",
+                [(e.id, p.port, p.protocol, p.published, p.listen) for p in e.ports])
+            self._db.executemany(
+                "INSERT INTO services (environment, name, command, state, pid, launch_id, exit_code)"
+                " VALUES (?, ?, ?, ?, ?, ?, ?)",
+                [(e.id, s.name, _dumped(s.command), s.state, s.pid, s.launch_id, s.exit_code)
+                 for s in e.services.values()])
+
+    def set_state(self, environment_id: str, state: str) -> None:
+        """See ``core.interfaces.Store``."""
+        with _translated():
+            self._db.execute("UPDATE environments SET state = ? WHERE id = ?", (state, environment_id))
+
+    def set_service(self, environment_id: str, service: Service) -> None:
+        """See ``core.interfaces.Store``."""
+        with _translated():
+            self._db.execute(
+                "UPDATE services SET state = ?, pid = ?, launch_id = ?, exit_code = ?"
+                " WHERE environment = ? AND name = ?",
+                (service.state, service.pid, service.launch_id, service.exit_code, environment_id, service.name))
+
+    def delete(self, environment_id: str) -> None:
+        """See ``core.interfaces.Store``."""
+        with _translated():
+            self._db.execute("DELETE FROM environments WHERE id = ?", (environment_id,))
+
+    def _slot(self, index: int) -> Any:
+        try:
+            return self._plan.slot(index)
+        except IndexError as error:
+            raise StoreError(f"the state file has an environment in slot {index}, outside the configured supernet",
+                             hint="Restore [network] supernet and bridge_ports, or remove environments first.") from error
+
+    def _migrate(self) -> None:
+        with self.transaction():
+            version = self._db.execute("PRAGMA user_version").fetchone()[0]
+            if version > SCHEMA_VERSION:
+                raise StoreError(f"the state file is of a newer netnsd (schema {version}, this one knows"
+                                 f" {SCHEMA_VERSION})", hint="Start the newer netnsd. Nothing was changed.")
+            if version == 0:
+                for statement in _SCHEMA.split(";"):
+                    self._db.execute(statement)
+                self._db.execute(f"PRAGMA user_version = {SCHEMA_VERSION}")
+
+
+@contextmanager
+def _translated() -> Iterator[None]:
+    try:
+        yield
+    except sqlite3.Error as error:
+        raise StoreError(f"the state file: {error}",
+                         hint="Is the disk of the state directory full, or not writable?") from error
+
+
+def _lock(directory: Path) -> int:
+    """Take the directory for this process: the lock goes with the process, however it ends."""
+    try:
+        directory.mkdir(mode=0o711, parents=True, exist_ok=True)
+        fd = os.open(directory / "lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+    except OSError as error:
+        raise StoreError(f"{directory}: {error.strerror}", hint="Name another --state-dir.") from error
+    try:
+        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError as error:
+        os.close(fd)
+        raise AlreadyRunning(f"another netnsd uses {directory}",
+                             hint="Stop it, or name another --state-dir and --runtime-dir.") from error
+    return fd
+
+
+def _dumped(command: Command) -> str:
+    return json.dumps({
+        "argv": command.argv, "env": command.env, "cwd": command.cwd, "uid": command.uid, "gid": command.gid,
+        "groups": command.groups, "umask": command.umask, "limits": command.limits, "setuid": command.setuid})
+
+
+def _command(text: str) -> Command:
+    fields = json.loads(text)
+    return Command(**{**fields, "argv": tuple(fields["argv"]), "groups": tuple(fields["groups"])})
