@@ -157,8 +157,9 @@ class SqliteStore:
         try:
             return self._plan.slot(index)
         except IndexError as error:
-            raise StoreError(f"the state file has an environment in slot {index}, outside the configured supernet",
-                             hint="Restore [network] supernet and bridge_ports, or remove environments first.") from error
+            raise StoreError(
+                f"the state file has an environment in slot {index}, outside the configured supernet",
+                hint="Restore [network] supernet and bridge_ports, or remove environments first.") from error
 
     def _migrate(self) -> None:
         with self.transaction():

@@ -36,7 +36,7 @@ def refuse_descriptors(listener: socket.socket) -> bool:
     return True
 
 
-async def actor_of(connection: socket.socket, admin_group: str) -> Actor:
+async def actor_of(connection: trio.socket.SocketType, admin_group: str) -> Actor:
     """Who is at the other end of a Unix stream connection. The pid is not asked: it may be another's by now."""
     _pid, uid, gid = _UCRED.unpack(connection.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _UCRED.size))
     groups = _peer_groups(connection)
@@ -49,7 +49,7 @@ async def actor_of(connection: socket.socket, admin_group: str) -> Actor:
 
 
 
-def _peer_groups(connection: socket.socket) -> tuple[int, ...]:
+def _peer_groups(connection: trio.socket.SocketType) -> tuple[int, ...]:
     size = 256
     while True:
         try:

@@ -14,9 +14,11 @@ from netnsd.core import views
 from netnsd.core.actor import Actor
 from netnsd.core.environments import Environments
 from netnsd.core.specification import check_labels
+from netnsd.core.waiting import Aim
 from netnsd.errors import InvalidRequest, NotFound
 
 _MOST_WAIT_SECONDS = 24 * 3600.0
+_AIMS: dict[str, Aim] = {"ready": "ready", "exit": "exit", "gone": "gone"}
 
 
 class Permission(enum.Enum):
@@ -100,7 +102,8 @@ async def _list(call: Call) -> wire.EnvironmentList:
         if not equals:
             raise InvalidRequest("query parameter label is not k=v", hint="Write ?label=k=v.")
         labels[key] = value
-    found = call.context.environments.list(call.actor, everyones=call.flag("all"), labels=check_labels(labels))
+    found = call.context.environments.registry.visible(call.actor, everyones=call.flag("all"),
+                                                       labels=check_labels(labels))
     return wire.EnvironmentList(environments=[views.environment(e) for e in found])
 
 
@@ -109,28 +112,28 @@ async def _create(call: Call) -> wire.Environment:
 
 
 async def _show(call: Call) -> wire.Environment:
-    return views.environment(call.context.environments.find(call.ref, call.actor))
+    return views.environment(call.context.environments.registry.find(call.ref, call.actor))
 
 
 async def _remove(call: Call) -> Nothing:
-    await call.context.environments.remove(call.context.environments.find(call.ref, call.actor))
+    await call.context.environments.remove(call.context.environments.registry.find(call.ref, call.actor))
     return Nothing()
 
 
 async def _start(call: Call) -> wire.Environment:
-    environment = call.context.environments.find(call.ref, call.actor)
+    environment = call.context.environments.registry.find(call.ref, call.actor)
     await call.context.environments.start(environment)
     return views.environment(environment)
 
 
 async def _stop(call: Call) -> wire.Environment:
-    environment = call.context.environments.find(call.ref, call.actor)
+    environment = call.context.environments.registry.find(call.ref, call.actor)
     await call.context.environments.stop(environment, _grace(call.body))
     return views.environment(environment)
 
 
 async def _restart(call: Call) -> wire.Environment:
-    environment = call.context.environments.find(call.ref, call.actor)
+    environment = call.context.environments.registry.find(call.ref, call.actor)
     await call.context.environments.restart(environment, _grace(call.body))
     return views.environment(environment)
 
@@ -142,18 +145,18 @@ def _grace(body: wire.StopRequest) -> float:
 
 
 async def _wait(call: Call) -> wire.Environment | Nothing:
-    what = call.text("for", "ready")
-    if what not in ("ready", "exit", "gone"):
+    aim = _AIMS.get(call.text("for", "ready"))
+    if aim is None:
         raise InvalidRequest("query parameter for is not ready, exit or gone", hint="Write ?for=ready.")
-    environment = call.context.environments.find(call.ref, call.actor)
+    environment = call.context.environments.registry.find(call.ref, call.actor)
     timeout = call.number("timeout", 60.0, _MOST_WAIT_SECONDS)
     assert timeout is not None
-    await call.context.environments.wait(environment, what, timeout)
-    return Nothing() if what == "gone" else views.environment(environment)
+    await call.context.environments.wait(environment, aim, timeout)
+    return Nothing() if aim == "gone" else views.environment(environment)
 
 
 async def _logs(call: Call) -> AsyncIterator[bytes]:
-    environment = call.context.environments.find(call.ref, call.actor)
+    environment = call.context.environments.registry.find(call.ref, call.actor)
     names = list(environment.services)
     service = call.text("service", names[0] if names else "main")
     if service not in environment.services:

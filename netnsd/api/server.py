@@ -63,7 +63,7 @@ class Gate:
 
     async def _admit(self, connection: trio.socket.SocketType, handler: Handler, refused: bytes) -> None:
         try:
-            actor = await peer.actor_of(connection._sock, self._admin_group)  # noqa: SLF001  plain getsockopt calls
+            actor = await peer.actor_of(connection, self._admin_group)
         except OSError:
             connection.close()  # gone before it was known
             return

@@ -168,6 +168,9 @@ class Netnsctl(click.Group):
             session.fail(error)
             return error.exit_code
         except (click.Abort, KeyboardInterrupt):
+            # The terminal has shown ^C: the prompt gets a line of its own.
+            if sys.stderr is not None and sys.stderr.isatty():
+                click.echo(err=True)
             return EXIT_INTERRUPTED
         return code if isinstance(code, int) else 0
 
@@ -178,7 +181,7 @@ class Netnsctl(click.Group):
         except BrokenPipeError as error:
             raise Exit(_io_failed(error, session_of(ctx))) from None
         except KeyboardInterrupt:
-            raise Exit(EXIT_INTERRUPTED) from None
+            raise click.Abort from None
 
 
 def _usage(error: click.UsageError) -> NetnsdError:

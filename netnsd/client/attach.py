@@ -35,18 +35,26 @@ def run(path: str, request: dict[str, Any], wants_tty: bool) -> int:
         request: a ``wire.ExecRequest`` as a dict.
         wants_tty: make a pty for it and stand between it and our own terminal.
 
-    Raises LaunchFailed and what else the daemon answers, DaemonUnreachable, SocketForbidden, BadAnswer.
+    Raises LaunchFailed and what else the daemon answers, DaemonUnreachable, SocketForbidden, BadAnswer, and OSError
+    where there is no pty or our own terminal fails.
     """
     _fill_standard_descriptors()
     if sys.stdout is not None:
         sys.stdout.flush()
+    try:
+        return _run(path, request, wants_tty)
+    except termios.error as error:
+        raise OSError(*error.args) from error
+
+
+def _run(path: str, request: dict[str, Any], wants_tty: bool) -> int:
     with ExitStack() as stack:
         connection = Connection(stack.enter_context(connect(path)), path)
-        terminal = stack.enter_context(Terminal()) if wants_tty else None
         connection.open(request)
-        # Until here ^C is ours; from here on signals are the command's.
-        numbers = (*_FORWARDED, signal.SIGWINCH, signal.SIGCONT) if terminal else _FORWARDED
+        # Until here ^C is ours. From here on signals are the command's, and none can leave the terminal raw.
+        numbers = (*_FORWARDED, signal.SIGWINCH, signal.SIGCONT) if wants_tty else _FORWARDED
         signals = stack.enter_context(Signals(numbers))
+        terminal = stack.enter_context(Terminal()) if wants_tty else None
         if terminal is None:
             connection.hand_over([0, 1, 2])
         else:

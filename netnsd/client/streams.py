@@ -12,7 +12,7 @@ from netnsd.client.app import EXIT_EXEC_FAILED, CommandVerb, Verb
 from netnsd.client.arguments import check_command, circumstances, complete_refs
 from netnsd.client.session import session_of
 from netnsd.client.transport import environment_path
-from netnsd.errors import LaunchFailed, NetnsdError
+from netnsd.errors import KernelError, LaunchFailed, NetnsdError
 
 EXIT_NOT_EXECUTABLE = 126
 EXIT_NO_COMMAND = 127
@@ -79,8 +79,11 @@ def exec_verb(ctx: click.Context, /, *, ref: str, tty: bool | None, env: tuple[s
     except LaunchFailed as error:
         session.fail(error)
         return _launch_code(error)
-    except NetnsdError as error:
-        session.fail(error)
+    except BrokenPipeError:
+        # Whoever read our terminal's output went away, which is no fault.
+        raise
+    except (NetnsdError, OSError) as error:
+        session.fail(error if isinstance(error, NetnsdError) else KernelError.at("exec", error))
         return EXIT_EXEC_FAILED
 
 

@@ -7,6 +7,8 @@ from typing import Generic, TypeVar
 
 import trio
 
+from netnsd.errors import ShuttingDown
+
 T = TypeVar("T")
 
 
@@ -22,9 +24,12 @@ class Batcher(Generic[T]):
         self._work = work
         self._send, self._receive = trio.open_memory_channel[tuple[T, "_Outcome"]](10 * limit)
         self._limit = limit
+        self._stopped = False
 
     async def do(self, item: T) -> None:
         """Return when the item's batch is done, or raise what it raised. Cancelling stops the waiting only."""
+        if self._stopped:
+            raise _stopping()
         outcome = _Outcome()
         await self._send.send((item, outcome))
         await outcome.done.wait()
@@ -32,7 +37,19 @@ class Batcher(Generic[T]):
             raise outcome.error
 
     async def run(self) -> None:
-        """Work for ever; the owning nursery ends it."""
+        """Work for ever; the owning nursery ends it, and then who still waits gets ShuttingDown."""
+        try:
+            await self._work_on()
+        finally:
+            self._stopped = True
+            while True:
+                try:
+                    _, outcome = self._receive.receive_nowait()
+                except trio.WouldBlock:
+                    break
+                outcome.end(_stopping())
+
+    async def _work_on(self) -> None:
         while True:
             batch = [await self._receive.receive()]
             while len(batch) < self._limit:
@@ -45,12 +62,24 @@ class Batcher(Generic[T]):
                 await self._work([item for item, _ in batch])
             except Exception as caught:  # every caller of the batch gets it  # noqa: BLE001
                 error = caught
+            except BaseException:
+                for _, outcome in batch:
+                    outcome.end(_stopping())
+                raise
             for _, outcome in batch:
-                outcome.error = error
-                outcome.done.set()
+                outcome.end(error)
 
 
 class _Outcome:
     def __init__(self) -> None:
         self.done = trio.Event()
         self.error: Exception | None = None
+
+    def end(self, error: Exception | None) -> None:
+        """Let the caller go on."""
+        self.error = error
+        self.done.set()
+
+
+def _stopping() -> ShuttingDown:
+    return ShuttingDown("the daemon is stopping", hint="It goes on when the daemon is back.")

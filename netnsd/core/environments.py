@@ -6,9 +6,8 @@ creation, a removal, and what a killed daemon left. Verbs on one environment tak
 
 from __future__ import annotations
 
-import re
 import uuid
-from collections.abc import Awaitable, Callable
+from collections.abc import Callable
 from contextlib import AbstractAsyncContextManager
 from dataclasses import dataclass, replace
 from functools import partial
@@ -20,16 +19,16 @@ from netnsd import wire
 from netnsd.core import reconcile, specification
 from netnsd.core.actor import Actor
 from netnsd.core.addressing import Plan
-from netnsd.core.allocation import PortAllocator, SlotAllocator
 from netnsd.core.batch import Batcher
-from netnsd.core.environment import Command, Environment, PublishedPort, Service
+from netnsd.core.environment import Environment, StoredState
 from netnsd.core.interfaces import Cgroups, Clock, Files, Firewall, Network, Opening, Processes, Publication, Store
+from netnsd.core.registry import Blueprint, Registry, Settings
 from netnsd.core.supervisor import Supervisor, group_of
-from netnsd.errors import KernelError, NameTaken, NetnsdError, NetnsTaken, NotFound, WaitTimeout, WrongState
+from netnsd.core.waiting import Aim, Waits
+from netnsd.errors import KernelError, NetnsdError, StoreError
 
 _UNDO_SECONDS = 30.0
 _REMOVAL_BATCH = 256
-_USER_IN_NETNS = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.@-]{0,62}\Z")
 _EXEC_GROUP = "exec"
 
 
@@ -52,24 +51,6 @@ class Adapters:
     clock: Clock
 
 
-@dataclass(frozen=True, slots=True)
-class Settings:
-    """What the configuration decides for core. ``published_range`` is inclusive."""
-
-    published_range: tuple[int, int]
-    allow_setuid: bool
-    boot_id: str
-
-
-@dataclass(frozen=True, slots=True)
-class _Blueprint:
-    name: str
-    labels: dict[str, str]
-    share: str
-    ports: list[wire.PortRequest]
-    commands: dict[str, Command]
-
-
 class Environments:
     """All environments of this host. ``run`` must be running while anything else is called."""
 
@@ -78,14 +59,13 @@ class Environments:
         self._plan = plan
         self._settings = settings
         self._emit = emit
-        self._by_id: dict[str, Environment] = {}
-        self._by_name: dict[tuple[int, str], Environment] = {}
         self._locks: dict[str, trio.Lock] = {}
         self._furnished: set[str] = set()
-        self._slots = SlotAllocator(plan.slots)
-        self._ports = PortAllocator(*settings.published_range, adapters.firewall.is_listening)
-        self._reaper = Batcher(self._reap, _REMOVAL_BATCH)
+        self._reaper: Batcher[Environment] = Batcher(self._reap, _REMOVAL_BATCH)
         self._supervisor = Supervisor(adapters, emit)
+        self.registry = Registry(plan, settings, adapters.store, adapters.clock,
+                                 is_listening=adapters.firewall.is_listening, is_taken=adapters.network.is_taken)
+        self._waits = Waits(adapters.network, self.registry.__contains__, self._supervisor.changed)
         self._nursery: trio.Nursery | None = None
 
     # -- life ---------------------------------------------------------------------------------------------------
@@ -101,20 +81,22 @@ class Environments:
 
     async def check(self) -> bool:
         """Put the host's rules right, and try again what could not be removed. Returns whether rules were wrong."""
-        for environment in [e for e in self._by_id.values() if e.state == "removing"]:
-            if not self._lock(environment.id).statistics().locked:
+        for environment in self.registry.all():
+            if environment.state == "removing" and not self._lock(environment.id).statistics().locked:
                 await self._remove_quietly(environment)
-        return await self._a.firewall.restore([_opening(e) for e in self._by_id.values() if e.state == "ready"])
+        # One that is being made is included: its elements may be there already, and adding one twice is fine.
+        return await self._a.firewall.restore([_opening(e) for e in self.registry.all() if e.state != "removing"])
 
     async def _take_over(self) -> None:
         desired = self._a.store.environments()
         for environment in desired:
-            self._remember(environment)
-        actions = reconcile.plan(desired, await self._observe(desired))
+            self.registry.remember(environment)
+        observed = await self._observe(desired)
+        actions = reconcile.plan(desired, observed)
         await self._a.firewall.restore([_opening(e) for e, _ in actions.adopt])
         for environment, services in actions.adopt:
             self._furnished.add(environment.id)
-            self._supervisor.adopt(environment, services)
+            self._supervisor.adopt(environment, services, reported=observed.running.keys())
         for index in actions.orphan_slots:
             await self._a.network.unwire([(self._plan.slot(index), "")])
         for name in actions.orphan_cgroups:
@@ -141,48 +123,15 @@ class Environments:
             exited={x.launch_id: x.code for x in exited},
         )
 
-    # -- finding ------------------------------------------------------------------------------------------------
-
-    def find(self, ref: str, actor: Actor) -> Environment:
-        """The environment that ``actor`` means: a name of its own, NAME.USER, or an id. Raises NotFound."""
-        found = self._by_name.get((actor.uid, ref)) or self._by_id.get(ref)
-        if found is None and "." in ref:
-            name, _, user = ref.partition(".")
-            found = next((e for e in self._by_id.values() if e.name == name and e.user == user), None)
-        if found is None or not actor.may_see(found.uid):
-            raise NotFound(f"there is no environment {ref[:80]!r}", hint="`netnsctl ls` lists yours.", ref=ref[:80])
-        return found
-
-    def list(self, actor: Actor, *, everyones: bool, labels: dict[str, str]) -> list[Environment]:
-        """The actor's environments, or all that it may see, that have all of ``labels``; oldest first."""
-        return [e for e in self._by_id.values()
-                if (actor.may_see(e.uid) if everyones else e.uid == actor.uid)
-                and all(e.labels.get(key) == value for key, value in labels.items())]
-
-    @property
-    def count(self) -> int:
-        """How many environments there are."""
-        return len(self._by_id)
-
-    @property
-    def published(self) -> int:
-        """How many host ports are leased."""
-        return self._ports.leased
-
-    @property
-    def addresses_free(self) -> int:
-        """How many environments more the supernet has room for."""
-        return self._slots.free
-
     # -- making -------------------------------------------------------------------------------------------------
 
     async def create(self, request: wire.CreateRequest, actor: Actor) -> Environment:
         """Make an environment and start its services. It is whole when this returns, or gone when it raises."""
-        blueprint = self._blueprint(request, actor)
-        existing = self._by_name.get((actor.uid, blueprint.name))
+        blueprint = Blueprint.of(request, actor, self._settings)
+        existing = self.registry.own(actor, blueprint.name)
         if existing is not None and request.replace:
             await self.remove(existing)
-        environment = self._reserve(blueprint, actor)
+        environment = self.registry.reserve(blueprint, actor)
         async with self._lock(environment.id):
             try:
                 await self._make(environment)
@@ -192,68 +141,6 @@ class Environments:
                 raise
         self._tell("created", environment)
         return environment
-
-    def _blueprint(self, request: wire.CreateRequest, actor: Actor) -> _Blueprint:
-        name = f"e{uuid.uuid4().hex[:8]}" if request.name is None else specification.check_name(request.name)
-        variables = specification.check_variables(request.env)
-        commands = {
-            service.name: specification.command(
-                argv=service.command, env={**variables, **service.env}, cwd=service.cwd or request.cwd,
-                umask=request.umask, limits=request.limits,
-                setuid=request.setuid if service.setuid is None else service.setuid,
-                actor=actor, allow_setuid=self._settings.allow_setuid)
-            for service in specification.check_services(request)
-        }
-        ports = specification.check_ports(request.ports, self._settings.published_range)
-        return _Blueprint(name, specification.check_labels(request.labels), request.share, ports, commands)
-
-    def _reserve(self, blueprint: _Blueprint, actor: Actor) -> Environment:
-        """Write the intent. Nothing here awaits, so no two callers can reserve the same thing."""
-        if (actor.uid, blueprint.name) in self._by_name:
-            raise NameTaken(f"you have an environment {blueprint.name!r} already",
-                            hint="Choose another name, remove it, or pass --replace.", name=blueprint.name)
-        netns = self._free_netns(blueprint.name, actor)
-        environment_id = str(uuid.uuid4())
-        slot = self._plan.slot(self._slots.take())
-        ports: list[PublishedPort] = []
-        try:
-            for wanted in blueprint.ports:
-                ports.append(self._lease(wanted, environment_id, actor))
-            environment = Environment(
-                id=environment_id, name=blueprint.name, uid=actor.uid, user=actor.user, slot=slot, netns=netns,
-                labels=blueprint.labels, share=blueprint.share, created_at=self._a.clock.now(),
-                boot_id=self._settings.boot_id, ports=tuple(ports),
-                services={name: Service(name, command) for name, command in blueprint.commands.items()})
-            with self._a.store.transaction():
-                self._a.store.add(environment)
-        except BaseException:
-            self._slots.release(slot.index)
-            for port in ports:
-                self._ports.release(port.protocol, port.published)
-            raise
-        self._by_id[environment.id] = self._by_name[environment.uid, environment.name] = environment
-        return environment
-
-    def _lease(self, wanted: wire.PortRequest, environment_id: str, actor: Actor) -> PublishedPort:
-        if wanted.publish is None:
-            published = self._ports.take(wanted.protocol, environment_id)
-        else:
-            published = self._ports.take_number(wanted.protocol, wanted.publish, environment_id,
-                                                partial(self._name_for, actor))
-        return PublishedPort(wanted.port, wanted.protocol, published)
-
-    def _name_for(self, actor: Actor, environment_id: str) -> str | None:
-        holder = self._by_id.get(environment_id)
-        return holder.name if holder is not None and actor.may_see(holder.uid) else None
-
-    def _free_netns(self, name: str, actor: Actor) -> str:
-        user = actor.user if _USER_IN_NETNS.match(actor.user) else str(actor.uid)
-        ours = {e.netns for e in self._by_id.values()}
-        for candidate in (name, f"{name}.{user}"):
-            if candidate not in ours and not self._a.network.is_taken(candidate):
-                return candidate
-        raise NetnsTaken(f"namespaces {name!r} and '{name}.{user}' both exist and are not this environment's",
-                         hint="Choose another name.", name=name)
 
     async def _make(self, environment: Environment) -> None:
         await self._a.network.wire(environment.slot, environment.netns)
@@ -305,7 +192,7 @@ class Environments:
 
     async def attach(self, request: wire.ExecRequest, actor: Actor, connection: int) -> None:
         """Run a command in an environment on descriptors that the peer of ``connection`` (borrowed) will send."""
-        environment = self.find(request.ref, actor)
+        environment = self.registry.find(request.ref, actor)
         command = specification.command(
             argv=request.command, env=request.env, cwd=request.cwd, umask=request.umask, limits=request.limits,
             setuid=request.setuid, actor=actor, allow_setuid=self._settings.allow_setuid)
@@ -316,50 +203,9 @@ class Environments:
             launch = self._supervisor.launch_of(environment, command, group, uuid.uuid4().hex)
             await self._a.processes.attach(replace(launch, tty=request.tty), connection)
 
-    async def wait(self, environment: Environment, what: str, timeout_seconds: float) -> None:
-        """Return when it is ``ready`` (declared ports have listeners), its services ended (``exit``), or ``gone``.
-
-        Raises WaitTimeout, and WrongState where what is waited for cannot come any more.
-        """
-        waits: dict[str, Callable[[Environment], Awaitable[None]]] = {
-            "ready": self._until_ready, "exit": self._until_exit, "gone": self._until_gone}
-        with trio.move_on_after(timeout_seconds) as scope:
-            await waits[what](environment)
-        if scope.cancelled_caught:
-            missing = await self._silent_ports(environment) if what == "ready" and environment.id in self._by_id else []
-            seen = f": nothing listens on {', '.join(missing)}" if missing else f": it is {environment.shown_state}"
-            raise WaitTimeout(f"{environment.name!r} is not {what} after {timeout_seconds:g} s{seen}",
-                              hint="`netnsctl logs` shows what its servers said.")
-
-    async def _until_ready(self, environment: Environment) -> None:
-        pause = 0.01
-        while True:
-            self._require(environment)
-            for service in environment.services.values():
-                if service.state in ("exited", "stopped"):
-                    raise WrongState(f"service {service.name!r} of {environment.name!r} {service.state} before it was"
-                                     f" ready (exit code {service.exit_code})",
-                                     hint="`netnsctl logs` shows what it said.", service=service.name,
-                                     exit_code=service.exit_code)
-            if not await self._silent_ports(environment):
-                return
-            await trio.sleep(pause)
-            pause = min(pause * 1.5, 0.2)
-
-    async def _silent_ports(self, environment: Environment) -> list[str]:
-        if not environment.ports:
-            return []
-        heard = {(x.protocol, x.port) for x in await self._a.network.listeners(environment.slot)}
-        return [f"{p.port}/{p.protocol}" for p in environment.ports if (p.protocol, p.port) not in heard]
-
-    async def _until_exit(self, environment: Environment) -> None:
-        while any(s.state in ("starting", "running") for s in environment.services.values()):
-            self._require(environment)
-            await self._supervisor.changed()
-
-    async def _until_gone(self, environment: Environment) -> None:
-        while environment.id in self._by_id:
-            await self._supervisor.changed()
+    async def wait(self, environment: Environment, aim: Aim, timeout_seconds: float) -> None:
+        """See ``waiting.Waits``."""
+        await self._waits.wait(environment, aim, timeout_seconds)
 
     # -- removing -----------------------------------------------------------------------------------------------
 
@@ -368,16 +214,18 @@ class Environments:
 
         Raises KernelError where something could not be removed; it is tried again later.
         """
-        if environment.state == "ready":
-            self._set_state(environment, "removing")
-        async with self._lock(environment.id):
-            if environment.id in self._by_id:
-                with trio.CancelScope(shield=True):
+        was_ready = environment.state == "ready"
+        self._mark_removing(environment)
+        with trio.CancelScope(shield=True):
+            if was_ready:  # who holds the lock may be waiting for servers to end
+                await self._a.cgroups.remove(environment.slot.cgroup)
+            async with self._lock(environment.id):
+                if environment in self.registry:
                     await self._tear_down(environment)
 
     async def _undo(self, environment: Environment) -> None:
+        self._mark_removing(environment)
         try:
-            self._set_state(environment, "removing")
             await self._tear_down(environment)
         except NetnsdError as error:
             self._tell("remove_failed", environment, reason=error.message)
@@ -403,9 +251,10 @@ class Environments:
         if failures:
             raise KernelError(f"{environment.name!r} could not be removed whole: {'; '.join(failures)}",
                               hint="It is tried again every minute.", failures=failures)
-        with self._a.store.transaction():
-            self._a.store.delete(environment.id)
-        self._forget(environment)
+        self.registry.release(environment)
+        self._furnished.discard(environment.id)
+        self._locks.pop(environment.id, None)
+        self._supervisor.forget(environment)
         self._tell("removed", environment)
 
     async def _reap(self, environments: list[Environment]) -> None:
@@ -422,23 +271,15 @@ class Environments:
 
     # -- small things -------------------------------------------------------------------------------------------
 
-    def _remember(self, environment: Environment) -> None:
-        self._by_id[environment.id] = self._by_name[environment.uid, environment.name] = environment
-        self._slots.claim(environment.slot.index)
-        for port in environment.ports:
-            self._ports.restore(port.protocol, port.published, environment.id)
+    def _mark_removing(self, environment: Environment) -> None:
+        """Say that it goes. Where even that cannot be written it goes all the same, and is tried again."""
+        environment.state = "removing"
+        try:
+            self._set_state(environment, "removing")
+        except StoreError as error:
+            self._tell("store_failed", environment, reason=error.message)
 
-    def _forget(self, environment: Environment) -> None:
-        del self._by_id[environment.id]
-        del self._by_name[environment.uid, environment.name]
-        self._furnished.discard(environment.id)
-        self._locks.pop(environment.id, None)
-        self._slots.release(environment.slot.index)
-        for port in environment.ports:
-            self._ports.release(port.protocol, port.published)
-        self._supervisor.forget(environment)
-
-    def _set_state(self, environment: Environment, state: Any) -> None:
+    def _set_state(self, environment: Environment, state: StoredState) -> None:
         with self._a.store.transaction():
             self._a.store.set_state(environment.id, state)
         environment.state = state
@@ -447,14 +288,8 @@ class Environments:
     def _lock(self, environment_id: str) -> trio.Lock:
         return self._locks.setdefault(environment_id, trio.Lock())
 
-    def _require(self, environment: Environment) -> None:
-        if environment.id not in self._by_id:
-            raise NotFound(f"{environment.name!r} was removed", hint="`netnsctl ls` lists what there is.")
-        if environment.state == "removing":
-            raise WrongState(f"{environment.name!r} is being removed", hint="Create it again when it is gone.")
-
     def _ready(self, environment: Environment) -> AbstractAsyncContextManager[None]:
-        return _Turn(self._lock(environment.id), partial(self._require, environment))
+        return _Turn(self._lock(environment.id), partial(self._waits.require, environment))
 
     def _tell(self, kind: str, environment: Environment, **details: Any) -> None:
         self._emit(kind, environment.uid, environment.id, environment.name, **details)

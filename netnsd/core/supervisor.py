@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 import signal
 import uuid
+from collections.abc import Set as AbstractSet
 from typing import TYPE_CHECKING
 
 import trio
@@ -76,6 +77,7 @@ class Supervisor:
                 os.close(log)
         except BaseException:
             self._launches.pop(launch_id, None)
+            self._early.pop(launch_id, None)
             with trio.CancelScope(shield=True):
                 await self._a.cgroups.remove(group)
             self._save(environment, service)
@@ -115,13 +117,16 @@ class Supervisor:
 
     # -- ends ---------------------------------------------------------------------------------------------------
 
-    def adopt(self, environment: Environment, services: dict[str, Service]) -> None:
-        """Go on with services that an earlier run of the daemon started."""
+    def adopt(self, environment: Environment, services: dict[str, Service], reported: AbstractSet[str]) -> None:
+        """Go on with services that an earlier run of the daemon started.
+
+        ``reported``: the launches whose ends the launcher will tell; the others' cgroups are watched.
+        """
         for service in services.values():
             before = environment.services[service.name]
             if service.launch_id is not None and service.state == "running":
                 self._launches[service.launch_id] = (environment, service.name)
-                if service.pid is None or service.exit_code is not None:
+                if service.launch_id not in reported:
                     self._watch(environment, service)
             if service != before:
                 self._save(environment, service)
@@ -133,7 +138,7 @@ class Supervisor:
     def forget(self, environment: Environment) -> None:
         """The environment is gone."""
         for service in environment.services.values():
-            if service.launch_id is not None and self._launches.pop(service.launch_id, None):
+            if service.launch_id is not None and self._launches.pop(service.launch_id, None) is not None:
                 self._a.processes.acknowledge(service.launch_id)
         self.pulse()
 
@@ -144,6 +149,10 @@ class Supervisor:
             return
         environment, name = known
         service = environment.services[name]
+        if service.launch_id != exited.launch_id:  # told late: another start followed
+            self._launches.pop(exited.launch_id)
+            self._a.processes.acknowledge(exited.launch_id)
+            return
         if service.state == "starting":
             self._early[exited.launch_id] = exited.code
             return
@@ -197,7 +206,7 @@ def group_of(environment: Environment, service: str) -> str:
 
 def _conveniences(environment: Environment) -> dict[str, str]:
     """Variables that many servers read; the client's own values win."""
-    variables = {"HOST": "0.0.0.0"}  # noqa: S104  inside the namespace, where only the owner reaches it
+    variables = {"HOST": "0.0.0.0"}  # inside the namespace, where only the owner reaches it
     tcp = [p for p in environment.ports if p.protocol == "tcp"]
     if tcp:
         variables["PORT"] = str(tcp[0].port)

@@ -29,7 +29,11 @@ class Section(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=T
 
 
 class Daemon(Section, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """``[daemon]``: the process. ``socket_group``: the socket's group, by default netnsd where it exists."""
+    """``[daemon]``: the process.
+
+    ``socket_group``: the socket's group, by default netnsd where it exists. ``cgroup``: where environments' groups
+    are made, below the mount of cgroup v2.
+    """
 
     socket_group: str | None = None
     socket_mode: str = "0660"
@@ -160,8 +164,8 @@ def _check(config: Config, source: str) -> None:
     _check_ephemeral(low, high, refuse)
     if not re.fullmatch(r"0?[0-7]{3}", config.daemon.socket_mode):
         raise refuse("[daemon] socket_mode", "is not three octal digits")
-    if "/" in config.daemon.cgroup or config.daemon.cgroup in ("", ".", ".."):
-        raise refuse("[daemon] cgroup", "is not the name of one cgroup")
+    if any(part in ("", ".", "..") for part in config.daemon.cgroup.split("/")):
+        raise refuse("[daemon] cgroup", "is not a path below the mount of cgroup v2")
     for key, value, least, most in (
         ("[network] mtu", config.network.mtu, 576, 65535), ("[network] flows", config.network.flows, 16, 1 << 20),
         ("[services] log_bytes", config.services.log_bytes, 1 << 16, 1 << 40),

@@ -18,6 +18,7 @@ from netnsd.daemon import config as configuration
 from netnsd.daemon.node import Node
 from netnsd.daemon.systemd import Notifier, listening_sockets
 from netnsd.errors import NetnsdError, NotRoot
+from netnsd.kernel import launcher as launcher_module
 from netnsd.observability import logs
 
 _log = structlog.get_logger()
@@ -52,23 +53,30 @@ def serve(file: Path | None, runtime_dir: Path, state_dir: Path) -> None:
         _fail(error)
 
 
+@main.command(context_settings={"ignore_unknown_options": True})
+@click.argument("arguments", nargs=-1, type=click.UNPROCESSED)
+def launcher(arguments: tuple[str, ...]) -> None:
+    """Become the launcher, which starts servers and outlives the daemon. For its systemd unit."""
+    os.execv(sys.executable, [sys.executable, "-I", "-S", "-X", "utf8", launcher_module.__file__, *arguments])
+
+
 async def _run(node: Node, notifier: Notifier, grace_seconds: float) -> None:
     with trio.open_signal_receiver(signal.SIGTERM, signal.SIGINT, signal.SIGHUP) as signals:
-        async with trio.open_nursery() as nursery:
+        async with trio.open_nursery() as background, trio.open_nursery() as nursery:
             await nursery.start(node.run)
             notifier.send("READY=1")
             _log.info("ready", version=__version__, pid=os.getpid(), kernel=platform.release(),
-                      environments=node.environments.count)
+                      environments=len(node.environments.registry))
             if notifier.watchdog_seconds is not None:
-                nursery.start_soon(_watchdog, notifier, notifier.watchdog_seconds / 3)
+                background.start_soon(_watchdog, notifier, notifier.watchdog_seconds / 3)
             async for number in signals:
                 if number != signal.SIGHUP:
                     break
-                nursery.start_soon(node.check)
+                background.start_soon(node.check)
             notifier.send("STOPPING=1")
-            _log.info("stopping", environments=node.environments.count)
+            _log.info("stopping", environments=len(node.environments.registry))
             await node.stop(grace_seconds)
-            nursery.cancel_scope.cancel()
+            background.cancel_scope.cancel()
     _log.info("stopped")
 
 

@@ -22,7 +22,8 @@ from netnsd.api.app import application
 from netnsd.api.attach import AttachServer
 from netnsd.api.routes import Context
 from netnsd.api.server import Gate, HttpServer
-from netnsd.core.environments import Adapters, Environments, Settings
+from netnsd.core.environments import Adapters, Environments
+from netnsd.core.registry import Settings
 from netnsd.daemon.config import Config
 from netnsd.errors import ConfigError, HostUnfit, SupernetConflict
 from netnsd.kernel import bridges, host, logfile
@@ -72,7 +73,6 @@ class Node:
         self._started_at = self._clock.now()
         self._events = EventLog(self._clock.now)
         self._http: HttpServer | None = None
-        self._stopped = trio.Event()
 
     async def run(self, *, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
         """Work until cancelled; started when clients can connect."""
@@ -95,28 +95,34 @@ class Node:
             settings = Settings(self._config.published_range, self._config.services.allow_setuid, host.boot_id())
             self.environments = Environments(adapters, plan, settings, self._emit)
             try:
-                async with trio.open_nursery() as nursery:
-                    await nursery.start(cgroups.run)
-                    await nursery.start(processes.run)
+                # What environments lean on ends after them.
+                async with trio.open_nursery() as below:
+                    await below.start(cgroups.run)
+                    await below.start(processes.run)
                     _raise_descriptor_limit()
-                    await nursery.start(self.environments.run)
-                    nursery.start_soon(self._look_after_logs, files)
-                    nursery.start_soon(self._check_now_and_then)
-                    await self._open_sockets(nursery, files)
-                    task_status.started()
+                    async with trio.open_nursery() as nursery:
+                        self._scope = nursery.cancel_scope
+                        await nursery.start(self.environments.run)
+                        nursery.start_soon(self._look_after_logs, files)
+                        nursery.start_soon(self._check_now_and_then)
+                        await self._open_sockets(nursery, files)
+                        task_status.started()
+                    below.cancel_scope.cancel()
             finally:
                 with trio.move_on_after(self._config.daemon.grace_seconds, shield=True):
-                    unused = self.environments.count == 0
+                    unused = len(self.environments.registry) == 0
                     if unused:
                         processes.retire()
                         cgroups.remove_root()
                     await firewall.stop(remove=unused)
                     await network.close(remove=unused)
+                    self._clear_runtime(files, unused=unused)
 
     async def stop(self, grace_seconds: float) -> None:
         """Take no more requests, and let those under way end within ``grace_seconds``."""
         if self._http is not None:
             await self._http.stop(grace_seconds)
+        self._scope.cancel()
 
     async def check(self) -> None:
         """Look whether the host is as it should be, and put right what is not."""
@@ -163,14 +169,23 @@ class Node:
             raise ConfigError(f"[daemon] socket_group: there is no group {name!r}",
                               hint=f"groupadd --system {name}") from error
 
+    def _clear_runtime(self, files: EnvironmentFiles, *, unused: bool) -> None:
+        for name in {API_SOCKET, ATTACH_SOCKET} - self._passed.keys():
+            (self._runtime / name).unlink(missing_ok=True)
+        if unused:
+            files.remove_all()
+            (self._runtime / LAUNCHER_SOCKET).unlink(missing_ok=True)
+            with contextlib.suppress(OSError):  # systemd's, or somebody's files are in it
+                self._runtime.rmdir()
+
     # -- what the API shows of the host ---------------------------------------------------------------------------
 
     def _info(self) -> wire.Info:
         return wire.Info(
             version=__version__, pid=os.getpid(), started_at=self._started_at, kernel=platform.release(),
             supernet=self._config.network.supernet, port_range=self._config.ports.range,
-            environments=self.environments.count, published_ports=self.environments.published,
-            addresses_free=self.environments.addresses_free, features=host.features())
+            environments=len(self.environments.registry), published_ports=self.environments.registry.published,
+            addresses_free=self.environments.registry.addresses_free, features=host.features())
 
     async def _doctor(self) -> wire.Doctor:
         findings = await host.examine(self._thread, self._config.network.supernet)

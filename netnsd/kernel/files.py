@@ -6,6 +6,7 @@ links in our way. A log's offsets only grow; its head is punched out, so that th
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import os
 import shutil
@@ -76,6 +77,12 @@ class EnvironmentFiles:
                 continue
             except OSError as error:
                 raise KernelError.at("files", error) from error
+
+    def remove_all(self) -> None:
+        """Remove the directories themselves; what is in them stays."""
+        for directory in (self._names, self._logs):
+            with contextlib.suppress(OSError):
+                directory.rmdir()
 
     def observe(self) -> set[str]:
         """See ``core.interfaces.Files``."""

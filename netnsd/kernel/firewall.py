@@ -195,7 +195,8 @@ def rules(*, supernet: str, flows: int, openings: Sequence[Opening] = (), uplink
 
 def _elements(openings: Iterable[Opening]) -> list[tuple[str, list[str]]]:
     """The elements of each set and map, as nft writes them."""
-    owners, published = [], []
+    owners: list[str] = []
+    published: list[str] = []
     for opening in openings:
         owners.append(f"{opening.address} . {opening.uid}")
         published.extend(f"{p.protocol} . {p.published} : {opening.address} . {p.port}" for p in opening.publications)

@@ -15,7 +15,7 @@ import os
 import queue
 import threading
 from collections.abc import Callable
-from typing import TypeVar
+from typing import Self, TypeVar
 
 import trio
 
@@ -48,7 +48,7 @@ class NamespaceThread:
         self._thread = threading.Thread(target=self._work, name="namespaces", daemon=True)
         self._closed = False
 
-    def __enter__(self) -> NamespaceThread:
+    def __enter__(self) -> Self:
         self._thread.start()
         return self
 

@@ -17,7 +17,7 @@ from typing import TypeVar
 from netnsd.core.addressing import PORT_PREFIX, Slot
 from netnsd.core.interfaces import Listener, Publication
 from netnsd.errors import KernelError, NetnsTaken
-from netnsd.kernel import bridges, inner, libc, namespace_thread, rtnetlink, sockets
+from netnsd.kernel import bridges, inhabitants, inner, libc, namespace_thread, rtnetlink, sockets
 from netnsd.kernel.namespace_thread import NamespaceThread, Priority
 
 NETNS_DIRECTORY = Path("/run/netns")
@@ -163,12 +163,24 @@ class KernelNetwork:
 
         # The host's ends first, explicitly: a namespace that sockets with unsent data pin keeps its own for seconds.
         attempt("link", lambda: self._unlink([slot for slot, _ in slots]))
+        # Processes that left their cgroup, or that root put there, would keep the namespace alive.
+        attempt("inhabitants", lambda: inhabitants.kill({inode.st_ino for slot, _ in slots
+                                                         if (inode := _inode(self._pin(slot.index)))}))
         for slot, netns in slots:
-            name = str(NETNS_DIRECTORY / netns)
+            name = str(NETNS_DIRECTORY / (netns or self._name_of(slot.index)))
             attempt("unpin", lambda index=slot.index, name=name: self._unname(index, name))  # type: ignore[misc]
             attempt("unpin", lambda index=slot.index: namespace_thread.unpin(self._pin(index)))  # type: ignore[misc]
         if errors:
             raise ExceptionGroup("unwire", errors)
+
+    def _name_of(self, index: int) -> str:
+        """The name in /run/netns of a slot that no record tells of; "." where it has none."""
+        ours = _inode(self._pin(index))
+        for name in os.listdir(NETNS_DIRECTORY):
+            named = _inode(str(NETNS_DIRECTORY / name))
+            if ours is not None and named is not None and _is_namespace(named) and named.st_ino == ours.st_ino:
+                return name
+        return "."
 
     def _unlink(self, slots: list[Slot]) -> None:
         assert self._route is not None

@@ -9,6 +9,7 @@ from __future__ import annotations
 import ctypes
 import errno
 import functools
+from typing import Self
 
 from netnsd.errors import HostUnfit, KernelError
 
@@ -53,7 +54,7 @@ class Nft:
         """Free the context and its socket."""
         self._library.nft_ctx_free(self._context)
 
-    def __enter__(self) -> Nft:
+    def __enter__(self) -> Self:
         return self
 
     def __exit__(self, *_: object) -> None:

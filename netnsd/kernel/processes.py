@@ -49,7 +49,7 @@ class _Request:
 class LauncherProcesses:
     """Implements ``core.interfaces.Processes``.
 
-    ``run`` owns the connection. An end may be told twice on ``exits``: it is told again until it is acknowledged.
+    ``run`` owns the connection; ``launcher_pid`` is of the launcher that it leads to. An end may be told twice on ``exits``: it is told again until it is acknowledged.
 
     Args:
         socket_path: where the launcher listens, or will.
@@ -68,6 +68,7 @@ class LauncherProcesses:
         self._socket: socket.socket | None = None
         self._launcher_pid: int | None = None
         self._connected = trio.Event()
+        self.launcher_pid: int | None = None
         self._tell_exit, self._exits = trio.open_memory_channel[Exited | None](math.inf)
 
     @property
@@ -275,6 +276,7 @@ class LauncherProcesses:
 
     def _lose(self, sock: socket.socket) -> None:
         self._socket = None
+        self.launcher_pid = None
         self._connected = trio.Event()
         sock.close()
         for request in (*self._asked.values(), *self._unsent):
@@ -309,6 +311,7 @@ class LauncherProcesses:
             sock.close()
             raise LauncherUnavailable(f"the launcher at {self._socket_path} refused: {body.get('message')}",
                                       hint="It may be of another version: it ends on SIGTERM, and servers go on.")
+        self.launcher_pid = body.get("pid")
         return sock
 
     async def _start(self) -> None:

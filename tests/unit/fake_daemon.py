@@ -23,6 +23,10 @@ from urllib.parse import parse_qsl, unquote, urlsplit
 DEADLINE_SECONDS = 20.0
 
 
+def _take_terminal() -> None:
+    fcntl.ioctl(0, termios.TIOCSCTTY, 0)
+
+
 class Problem(Exception):
     """An error that the daemon answers."""
 
@@ -221,16 +225,18 @@ class FakeDaemon:
             return
         self._frame(connection, {"ready": True})
         _, fds, _, _ = socket.recv_fds(connection, 1, 3)
+        if not fds:
+            return
         if self.attach_dies:
             for fd in fds:
                 os.close(fd)
             return
         try:
             # Between fork and exec the child makes one system call, and takes no lock of any thread.
-            child = subprocess.Popen(  # noqa: PLW1509
+            child = subprocess.Popen(
                 request["command"], stdin=fds[0], stdout=fds[1], stderr=fds[2], env=request["env"],
                 cwd=request["cwd"], start_new_session=True,
-                preexec_fn=(lambda: fcntl.ioctl(0, termios.TIOCSCTTY, 0)) if request["tty"] else None)
+                preexec_fn=_take_terminal if request["tty"] else None)  # noqa: PLW1509
         except OSError as error:
             self._frame(connection, {"error": {
                 "code": "launch_failed", "message": f"exec: {error.strerror}", "hint": "",

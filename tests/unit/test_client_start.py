@@ -1,7 +1,6 @@
 from __future__ import annotations
 
 import os
-import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -12,7 +11,7 @@ from tests.unit.fake_daemon import FakeDaemon
 
 HEAVY = ("trio", "pyroute2", "msgspec", "asyncio", "http.client", "yaml", "structlog", "ssl", "hypercorn")
 NOT_FOR_LISTING = (*HEAVY, "subprocess", "termios", "pty", "tty", "resource", "shlex", "urllib.parse", "netnsd.wire",
-                   "netnsd.client.attach", "netnsd.client.creating", "dataclasses", "pathlib")
+                   "netnsd.client.attach", "netnsd.client.lifecycle", "dataclasses", "pathlib")
 
 
 def imported(stderr: str) -> set[str]:
@@ -36,7 +35,7 @@ def test_listing_imports_only_what_it_uses(tmp_path: Path) -> None:
                               text=True, timeout=30, check=True, env=os.environ | {"NETNSD_SOCKET": daemon.socket_path})
     assert "web" in done.stdout
     found = imported(done.stderr)
-    assert "netnsd.client.listing" in found
+    assert "netnsd.client.render" in found
     assert found.isdisjoint(NOT_FOR_LISTING)
 
 
@@ -50,25 +49,13 @@ def test_interrupt_while_starting_is_quiet() -> None:
     assert (done.returncode, done.stderr) == (130, b"")
 
 
-def test_interrupt_while_waiting_for_the_daemon_is_quiet(tmp_path: Path) -> None:
-    with FakeDaemon(tmp_path) as daemon:
-        daemon.add("web")
-        daemon.log_pieces = [b"begun\n"]
-        with subprocess.Popen([sys.executable, "-m", "netnsd.client", "logs", "-f", "web", "--socket",
-                               daemon.socket_path], stdout=subprocess.PIPE, stderr=subprocess.PIPE) as client:
-            assert client.stdout
-            assert client.stdout.readline() == b"begun\n"
-            client.send_signal(signal.SIGINT)
-            assert client.communicate(timeout=20)[1] == b""
-            assert client.returncode == 130
-
-
-def test_fault_of_our_own_is_no_traceback(tmp_path: Path) -> None:
+def test_fault_of_our_own_is_no_traceback() -> None:
     code = ("import netnsd.client.app as a, netnsd.client.cli as c, sys\n"
             "def run(args): raise KeyError('oops')\n"
             "a.run = run; sys.exit(c.main())")
     env = {k: v for k, v in os.environ.items() if k != "NETNSCTL_DEBUG"}
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=30, check=False, env=env)
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=30, check=False,
+                          env=env)
     assert done.returncode == 1
     assert "Traceback" not in done.stderr
     assert done.stderr.startswith("netnsctl: a fault in netnsctl itself: KeyError")

@@ -181,6 +181,24 @@ def test_ls_json_is_the_bare_list(daemon: FakeDaemon) -> None:
     assert yaml.safe_load(run("ls", "-o", "yaml").stdout) == [environment]
 
 
+@pytest.mark.parametrize(("variables", "coloured"), [({}, True), ({"NO_COLOR": "1"}, False), ({"TERM": "dumb"}, False)])
+def test_colours_are_for_terminals_that_want_them(
+    daemon: FakeDaemon, variables: dict[str, str], *, coloured: bool,
+) -> None:
+    import pty
+
+    daemon.add("web", services=[FAILED])
+    master, slave = pty.openpty()
+    env = {k: v for k, v in os.environ.items() if k != "NO_COLOR"} | {"TERM": "xterm"} | variables
+    subprocess.run([sys.executable, "-m", "netnsd.client", "ls"], stdout=slave, env=env, timeout=20, check=True)
+    os.close(slave)
+    shown = os.read(master, 65536)
+    os.close(master)
+    assert (b"\033[32mrunning\033[0m" in shown) is coloured
+    assert (b"\033[31mdb: exited 1\033[0m" in shown) is coloured
+    assert (b"\033" in shown) is coloured
+
+
 def test_ls_of_nothing_is_a_header_an_empty_list_or_nothing(daemon: FakeDaemon) -> None:
     assert run("ls").stdout.startswith("NAME")
     assert json.loads(run("ls", "-o", "json").stdout) == []
@@ -338,82 +356,3 @@ def test_wait_that_takes_too_long_has_its_own_code(daemon: FakeDaemon) -> None:
     daemon.answers["GET", "/v1/environments/web/wait"] = Problem(504, "wait_timeout", "3000 has no listener")
     assert run("wait", "web", "--timeout", "1").exit_code == 6
     assert run("wait", "web").exit_code == 6
-
-
-# -- info, doctor, completion, help -----------------------------------------------------------------------------
-
-
-def test_info_shows_every_field(daemon: FakeDaemon) -> None:
-    result = run("info")
-    assert result.exit_code == 0
-    assert "Version    0.1.0" in result.stdout
-    assert "passrights: yes" in result.stdout
-    assert json.loads(run("info", "-o", "json").stdout)["features"] == {"passrights": True}
-
-
-@pytest.mark.parametrize(("severity", "code"), [("error", 1), ("warning", 0)])
-def test_doctor_fails_when_something_needed_is_missing(daemon: FakeDaemon, severity: str, code: int) -> None:
-    daemon.answers["GET", "/v1/doctor"] = {"checks": [
-        {"name": "nftables", "ok": False, "severity": severity, "message": "no libnftables", "hint": "apt install it"},
-        {"name": "veth", "ok": True, "severity": "error", "message": "there", "hint": "hidden"}]}
-    result = run("doctor")
-    assert result.exit_code == code
-    assert "no libnftables" in result.stdout
-    assert "hint: apt install it" in result.stdout
-    assert "hidden" not in result.stdout
-    assert run("doctor", "-o", "name").stdout == "nftables\n"
-
-
-@pytest.mark.parametrize("shell", ["bash", "zsh", "fish"])
-def test_completion_prints_a_script(shell: str) -> None:
-    result = run("completion", shell)
-    assert result.exit_code == 0
-    assert "_NETNSCTL_COMPLETE" in result.stdout
-
-
-def test_completion_knows_verbs_and_environments(daemon: FakeDaemon) -> None:
-    daemon.add("web")
-    daemon.add("worker")
-    daemon.add("db")
-
-    def complete(*words: str) -> set[str]:
-        env = {"_NETNSCTL_COMPLETE": "bash_complete", "COMP_WORDS": " ".join(("netnsctl", *words)),
-               "COMP_CWORD": str(len(words))}
-        return {line.partition(",")[2] for line in run(env=env).stdout.splitlines() if line}
-
-    assert {"restart", "rm"} == complete("r")
-    assert {"web", "worker"} == complete("show", "w")
-    assert {"web", "worker"} == complete("exec", "w")
-    assert {"db"} == complete("rm", "web", "d")
-    daemon.version = None
-    assert complete("show", "w") == set()
-
-
-def test_every_verb_has_help_with_an_example() -> None:
-    import click
-
-    for verb in cli.list_commands(click.Context(cli)):
-        result = run(verb, "-h")
-        assert result.exit_code == 0
-        assert f"netnsctl {verb}" in result.stdout.partition("Examples:")[2] or verb == "completion"
-        assert "--output" in result.stdout
-        assert "--socket" in result.stdout
-    assert "Commands:" in run("-h").stdout
-
-
-def test_alone_it_prints_help() -> None:
-    result = run()
-    assert result.exit_code in (0, 2)
-    assert "Commands:" in result.output
-
-
-def test_version_is_told_without_a_daemon() -> None:
-    assert run("--version").stdout == "netnsctl 0.1.0\n"
-    assert run("ls", "--version").stdout == "netnsctl 0.1.0\n"
-
-
-def test_socket_option_wins_before_and_after_the_verb(daemon: FakeDaemon, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("NETNSD_SOCKET", "/nonexistent")
-    assert run("ls").exit_code == 3
-    assert run("--socket", daemon.socket_path, "ls").exit_code == 0
-    assert run("ls", "--socket", daemon.socket_path).exit_code == 0

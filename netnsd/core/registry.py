@@ -1,0 +1,189 @@
+"""Which environments there are, and which names, slots and ports are taken. Nothing here awaits, so no two callers
+can take the same thing.
+"""
+
+from __future__ import annotations
+
+import re
+import uuid
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from typing import TYPE_CHECKING
+
+from netnsd import wire
+from netnsd.core import specification
+from netnsd.core.actor import Actor
+from netnsd.core.addressing import Plan
+from netnsd.core.allocation import PortAllocator, SlotAllocator
+from netnsd.core.environment import Command, Environment, PublishedPort, Service
+from netnsd.core.interfaces import Clock, Store
+from netnsd.errors import NameTaken, NetnsTaken, NotFound
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable
+
+_USER_IN_NETNS = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.@-]{0,62}\Z")
+
+
+@dataclass(frozen=True, slots=True)
+class Settings:
+    """What the configuration decides for core. ``published_range`` is inclusive."""
+
+    published_range: tuple[int, int]
+    allow_setuid: bool
+    boot_id: str
+
+
+@dataclass(frozen=True, slots=True)
+class Blueprint:
+    """A request that was checked, and means something."""
+
+    name: str
+    labels: dict[str, str]
+    share: str
+    ports: list[wire.PortRequest]
+    commands: dict[str, Command]
+
+    @classmethod
+    def of(cls, request: wire.CreateRequest, actor: Actor, settings: Settings) -> Blueprint:
+        """Check everything of a request that needs no look at what there is. Raises Invalid*, Forbidden."""
+        name = f"e{uuid.uuid4().hex[:8]}" if request.name is None else specification.check_name(request.name)
+        variables = specification.check_variables(request.env)
+        commands = {
+            service.name: specification.command(
+                argv=service.command, env={**variables, **service.env}, cwd=service.cwd or request.cwd,
+                umask=request.umask, limits=request.limits,
+                setuid=request.setuid if service.setuid is None else service.setuid,
+                actor=actor, allow_setuid=settings.allow_setuid)
+            for service in specification.check_services(request)
+        }
+        ports = specification.check_ports(request.ports, settings.published_range)
+        return cls(name, specification.check_labels(request.labels), request.share, ports, commands)
+
+
+class Registry:
+    """All environments of this host, by id and by name, and what they hold.
+
+    Args:
+        store: written before anything is taken.
+        is_listening: whether a socket of the host has a port of a protocol.
+        is_taken: whether the host has a namespace of a name.
+    """
+
+    def __init__(self, plan: Plan, settings: Settings, store: Store, clock: Clock, *,
+                 is_listening: Callable[[str, int], bool], is_taken: Callable[[str], bool]) -> None:
+        self._plan = plan
+        self._settings = settings
+        self._store = store
+        self._clock = clock
+        self._is_taken = is_taken
+        self._by_id: dict[str, Environment] = {}
+        self._by_name: dict[tuple[int, str], Environment] = {}
+        self._slots = SlotAllocator(plan.slots)
+        self._ports = PortAllocator(*settings.published_range, is_listening)
+
+    def __contains__(self, environment: Environment) -> bool:
+        return environment.id in self._by_id
+
+    def __len__(self) -> int:
+        return len(self._by_id)
+
+    def all(self) -> Iterable[Environment]:
+        """All of them, oldest first; a copy."""
+        return list(self._by_id.values())
+
+    @property
+    def published(self) -> int:
+        """How many host ports are leased."""
+        return self._ports.leased
+
+    @property
+    def addresses_free(self) -> int:
+        """How many environments more the supernet has room for."""
+        return self._slots.free
+
+    def own(self, actor: Actor, name: str) -> Environment | None:
+        """The actor's own environment of that name."""
+        return self._by_name.get((actor.uid, name))
+
+    def find(self, ref: str, actor: Actor) -> Environment:
+        """The environment that ``actor`` means: a name of its own, NAME.USER, or an id. Raises NotFound."""
+        found = self.own(actor, ref) or self._by_id.get(ref)
+        if found is None and "." in ref:
+            name, _, user = ref.partition(".")
+            found = next((e for e in self._by_id.values() if e.name == name and e.user == user), None)
+        if found is None or not actor.may_see(found.uid):
+            raise NotFound(f"there is no environment {ref[:80]!r}", hint="`netnsctl ls` lists yours.", ref=ref[:80])
+        return found
+
+    def visible(self, actor: Actor, *, everyones: bool, labels: dict[str, str]) -> list[Environment]:
+        """The actor's environments, or all that it may see, that have all of ``labels``; oldest first."""
+        return [e for e in self._by_id.values()
+                if (actor.may_see(e.uid) if everyones else e.uid == actor.uid)
+                and all(e.labels.get(key) == value for key, value in labels.items())]
+
+    def reserve(self, blueprint: Blueprint, actor: Actor) -> Environment:
+        """Take a name, a slot and ports, and write the intent. All or nothing."""
+        if self.own(actor, blueprint.name) is not None:
+            raise NameTaken(f"you have an environment {blueprint.name!r} already",
+                            hint="Choose another name, remove it, or pass --replace.", name=blueprint.name)
+        netns = self._free_netns(blueprint.name, actor)
+        environment_id = str(uuid.uuid4())
+        slot = self._plan.slot(self._slots.take())
+        ports: list[PublishedPort] = []
+        try:
+            for wanted in blueprint.ports:
+                ports.append(self._lease(wanted, environment_id, actor))  # noqa: PERF401  a failure gives back these
+            environment = Environment(
+                id=environment_id, name=blueprint.name, uid=actor.uid, user=actor.user, slot=slot, netns=netns,
+                labels=blueprint.labels, share=blueprint.share, created_at=self._clock.now(),
+                boot_id=self._settings.boot_id, ports=tuple(ports),
+                services={name: Service(name, command) for name, command in blueprint.commands.items()})
+            with self._store.transaction():
+                self._store.add(environment)
+        except BaseException:
+            self._slots.release(slot.index)
+            for port in ports:
+                self._ports.release(port.protocol, port.published)
+            raise
+        self._by_id[environment.id] = self._by_name[environment.uid, environment.name] = environment
+        return environment
+
+    def remember(self, environment: Environment) -> None:
+        """Know an environment of an earlier run, and what it holds."""
+        self._by_id[environment.id] = self._by_name[environment.uid, environment.name] = environment
+        self._slots.claim(environment.slot.index)
+        for port in environment.ports:
+            self._ports.restore(port.protocol, port.published, environment.id)
+
+    def release(self, environment: Environment) -> None:
+        """Forget an environment of which nothing is left, and give back what it held."""
+        with self._store.transaction():
+            self._store.delete(environment.id)
+        del self._by_id[environment.id]
+        del self._by_name[environment.uid, environment.name]
+        self._slots.release(environment.slot.index)
+        for port in environment.ports:
+            self._ports.release(port.protocol, port.published)
+
+    def _lease(self, wanted: wire.PortRequest, environment_id: str, actor: Actor) -> PublishedPort:
+        if wanted.publish is None:
+            published = self._ports.take(wanted.protocol, environment_id)
+        else:
+            published = self._ports.take_number(wanted.protocol, wanted.publish, environment_id,
+                                                partial(self._name_for, actor))
+        return PublishedPort(wanted.port, wanted.protocol, published)
+
+    def _name_for(self, actor: Actor, environment_id: str) -> str | None:
+        holder = self._by_id.get(environment_id)
+        return holder.name if holder is not None and actor.may_see(holder.uid) else None
+
+    def _free_netns(self, name: str, actor: Actor) -> str:
+        user = actor.user if _USER_IN_NETNS.match(actor.user) else str(actor.uid)
+        ours = {e.netns for e in self._by_id.values()}
+        for candidate in (name, f"{name}.{user}"):
+            if candidate not in ours and not self._is_taken(candidate):
+                return candidate
+        raise NetnsTaken(f"namespaces {name!r} and '{name}.{user}' both exist and are not this environment's",
+                         hint="Choose another name.", name=name)

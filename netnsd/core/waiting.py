@@ -1,0 +1,84 @@
+"""Waiting for an environment to become what a caller needs."""
+
+from __future__ import annotations
+
+from collections.abc import Awaitable, Callable
+from typing import Literal
+
+import trio
+
+from netnsd.core.environment import Environment
+from netnsd.core.interfaces import Network
+from netnsd.errors import NotFound, WaitTimeout, WrongState
+
+Aim = Literal["ready", "exit", "gone"]
+_FIRST_PAUSE_SECONDS, _LONGEST_PAUSE_SECONDS = 0.01, 0.2
+
+
+class Waits:
+    """Waits for environments.
+
+    Args:
+        network: says what listens inside.
+        exists: whether an environment is still there.
+        changed: returns at the next change of any environment or service.
+    """
+
+    def __init__(self, network: Network, exists: Callable[[Environment], bool],
+                 changed: Callable[[], Awaitable[None]]) -> None:
+        self._network = network
+        self._exists = exists
+        self._changed = changed
+
+    async def wait(self, environment: Environment, aim: Aim, timeout_seconds: float) -> None:
+        """Return when it is ``ready`` (declared ports have listeners), its services ended (``exit``), or ``gone``.
+
+        Raises WaitTimeout, and WrongState or NotFound where what is waited for cannot come any more.
+        """
+        waits = {"ready": self._until_ready, "exit": self._until_exit, "gone": self._until_gone}
+        with trio.move_on_after(timeout_seconds) as scope:
+            await waits[aim](environment)
+        if not scope.cancelled_caught:
+            return
+        silent = await self._silent_ports(environment) if aim == "ready" and self._exists(environment) else []
+        seen = f"nothing listens on {', '.join(silent)}" if silent else f"it is {environment.shown_state}"
+        raise WaitTimeout(f"{environment.name!r} is not {aim} after {timeout_seconds:g} s: {seen}",
+                          hint="`netnsctl logs` shows what its servers said.")
+
+    def require(self, environment: Environment) -> None:
+        """Raise NotFound or WrongState where an environment is gone, or going."""
+        if not self._exists(environment):
+            raise NotFound(f"{environment.name!r} was removed", hint="`netnsctl ls` lists what there is.")
+        if environment.state == "removing":
+            raise WrongState(f"{environment.name!r} is being removed", hint="Create it again when it is gone.")
+
+    async def _until_ready(self, environment: Environment) -> None:
+        pause = _FIRST_PAUSE_SECONDS
+        while True:
+            self.require(environment)
+            for service in environment.services.values():
+                if service.state in ("exited", "stopped"):
+                    raise WrongState(
+                        f"service {service.name!r} of {environment.name!r} {service.state} before it was ready"
+                        f" (exit code {service.exit_code})", hint="`netnsctl logs` shows what it said.",
+                        service=service.name, exit_code=service.exit_code)
+            if environment.state == "ready" and not await self._silent_ports(environment):
+                return
+            await trio.sleep(pause)
+            pause = min(pause * 1.5, _LONGEST_PAUSE_SECONDS)
+
+    async def _silent_ports(self, environment: Environment) -> list[str]:
+        if not environment.ports:
+            return []
+        heard = {(x.protocol, x.port) for x in await self._network.listeners(environment.slot)}
+        return [f"{p.port}/{p.protocol}" for p in environment.ports if (p.protocol, p.port) not in heard]
+
+    async def _until_exit(self, environment: Environment) -> None:
+        while environment.state == "creating" or any(
+                s.state in ("starting", "running") for s in environment.services.values()):
+            self.require(environment)
+            await self._changed()
+
+    async def _until_gone(self, environment: Environment) -> None:
+        while self._exists(environment):
+            await self._changed()
