@@ -96,10 +96,16 @@ def parse_variables(texts: Iterable[str]) -> dict[str, str]:
     return variables
 
 
+# A server is told these of its own environment: the caller's, perhaps from inside another one, would mislead it.
+_GIVEN_BY_NETNSD = frozenset({"PORT", "HOST", "NETNSD_NAME", "NETNSD_ID", "NETNSD_IP", "NETNSD_URL"})
+
+
 def inherited_variables(environ: Iterable[tuple[str, str]], warn: Callable[[str], None]) -> dict[str, str]:
     """The caller's own variables, without those that cannot travel; ``warn`` is told which."""
     kept, left_out = {}, []
     for name, value in environ:
+        if name in _GIVEN_BY_NETNSD:
+            continue
         if name and is_text(name) and is_text(value):
             kept[name] = value
         else:

@@ -57,7 +57,8 @@ def serve(file: Path | None, runtime_dir: Path, state_dir: Path) -> None:
 @click.argument("arguments", nargs=-1, type=click.UNPROCESSED)
 def launcher(arguments: tuple[str, ...]) -> None:
     """Become the launcher, which starts servers and outlives the daemon. For its systemd unit."""
-    os.execv(sys.executable, [sys.executable, "-I", "-S", "-X", "utf8", launcher_module.__file__, *arguments])
+    os.execv(sys.executable, [  # noqa: S606  our own interpreter and file, no shell wanted
+        sys.executable, "-I", "-S", "-X", "utf8", launcher_module.__file__, *arguments])
 
 
 async def _run(node: Node, notifier: Notifier, grace_seconds: float) -> None:

@@ -26,7 +26,7 @@ from netnsd.core.environments import Adapters, Environments
 from netnsd.core.registry import Settings
 from netnsd.daemon.config import Config
 from netnsd.errors import ConfigError, HostUnfit, SupernetConflict
-from netnsd.kernel import bridges, host, logfile
+from netnsd.kernel import bridges, host, logfile, ruleset_watch
 from netnsd.kernel.cgroup import CgroupTree
 from netnsd.kernel.files import EnvironmentFiles
 from netnsd.kernel.firewall import NftFirewall
@@ -105,6 +105,7 @@ class Node:
                         await nursery.start(self.environments.run)
                         nursery.start_soon(self._look_after_logs, files)
                         nursery.start_soon(self._check_now_and_then)
+                        nursery.start_soon(self._watch_rules)
                         await self._open_sockets(nursery, files)
                         task_status.started()
                     below.cancel_scope.cancel()
@@ -202,6 +203,11 @@ class Node:
         while True:
             await trio.sleep(_CHECK_SECONDS)
             await self.check()
+
+    async def _watch_rules(self) -> None:
+        async with contextlib.aclosing(ruleset_watch.deletions()) as deletions:
+            async for _ in deletions:
+                await self.check()
 
     async def _look_after_logs(self, files: EnvironmentFiles) -> None:
         while True:

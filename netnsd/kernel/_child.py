@@ -18,10 +18,12 @@ import socket
 import stat
 import struct
 import termios
-from dataclasses import dataclass
-from typing import Any, NoReturn
 
 from netnsd.kernel import libc
+
+TYPE_CHECKING = False  # typing itself would add a tenth to the launcher's memory, and forks cost by that
+if TYPE_CHECKING:
+    from typing import Any, NoReturn
 
 DEFAULT_PATH = b"/usr/local/bin:/usr/bin:/bin"
 SO_PASSRIGHTS = 83  # asm-generic/socket.h, Linux 6.16
@@ -81,76 +83,68 @@ _HINTS = {
 }
 
 
-@dataclass(frozen=True, slots=True)
 class Settings:
-    """What all children share: found once, when the launcher starts."""
+    """What all children share: found once, when the launcher starts. Raises OSError without /dev/null."""
 
-    null_fd: int
-    soft_nofile: int
-    ignored_signals: tuple[int, ...]
-    adjust_oom: bool
+    __slots__ = ("adjust_oom", "ignored_signals", "null_fd", "soft_nofile")
 
-    @classmethod
-    def gather(cls) -> Settings:
-        """Look at this process as it was started. Raises OSError without /dev/null."""
-        soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    def __init__(self) -> None:
+        self.null_fd = os.open("/dev/null", os.O_RDONLY | os.O_CLOEXEC)
+        self.soft_nofile, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
         resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
-        ignored = tuple(n for n in signal.valid_signals() if signal.getsignal(n) == signal.SIG_IGN)
+        # Python ignores these two by itself; no child has to take that back when nobody does it.
+        for number in (signal.SIGPIPE, signal.SIGXFSZ):
+            signal.signal(number, signal.SIG_DFL)
+        self.ignored_signals = [n for n in signal.valid_signals() if signal.getsignal(n) == signal.SIG_IGN]
         try:
             with open("/proc/self/oom_score_adj", "rb") as file:
-                adjust = file.read().strip() != b"0"
+                self.adjust_oom = file.read().strip() != b"0"
         except OSError:
-            adjust = False
-        return cls(os.open("/dev/null", os.O_RDONLY | os.O_CLOEXEC), soft, ignored, adjust)
+            self.adjust_oom = False
 
 
-@dataclass(frozen=True, slots=True)
 class Order:
-    """One command to start, checked and encoded before the fork."""
+    """One command to start, decoded from JSON, checked, and encoded for exec before the fork.
 
-    launch_id: str
-    argv: list[bytes]
-    env: dict[bytes, bytes]
-    cwd: str
-    uid: int
-    gid: int
-    groups: list[int]
-    umask: int
-    limits: list[tuple[int, int]]
-    setuid: bool
-    hosts_file: str
-    resolv_file: str | None
-    hostname: str
-    tty: bool
+    Raises StageError for a limit that does not exist, ValueError for anything else malformed.
+    """
 
-    @classmethod
-    def decode(cls, data: bytes) -> Order:
-        """From JSON. Raises StageError for a limit that does not exist, ValueError for anything else malformed."""
+    __slots__ = ("argv", "cwd", "env", "gid", "groups", "hostname", "hosts_file", "launch_id", "limits", "resolv_file",
+                 "setuid", "tty", "uid", "umask")
+
+    def __init__(self, data: bytes) -> None:
         try:
             fields: dict[str, Any] = json.loads(data)
-            order = cls(
-                launch_id=_text(fields["launch_id"]), argv=[_bytes(a) for a in fields["argv"]],
-                env={_bytes(k): _bytes(v) for k, v in fields["env"].items()}, cwd=_text(fields["cwd"]),
-                uid=_id(fields["uid"]), gid=_id(fields["gid"]), groups=[_id(g) for g in fields["groups"]],
-                umask=int(fields["umask"]) & 0o777, limits=_limits(fields["limits"]), setuid=bool(fields["setuid"]),
-                hosts_file=_text(fields["hosts_file"]),
-                resolv_file=None if fields["resolv_file"] is None else _text(fields["resolv_file"]),
-                hostname=_text(fields["hostname"]), tty=bool(fields["tty"]))
+            self.launch_id = _text(fields["launch_id"])
+            self.argv = [_bytes(argument) for argument in fields["argv"]]
+            self.env = {_bytes(name): _bytes(value) for name, value in fields["env"].items()}
+            self.cwd = _text(fields["cwd"])
+            self.uid = _id(fields["uid"])
+            self.gid = _id(fields["gid"])
+            self.groups = [_id(group) for group in fields["groups"]]
+            self.umask = int(fields["umask"]) & 0o777
+            self.limits = _limits(fields["limits"])
+            self.setuid = bool(fields["setuid"])
+            self.hosts_file = _text(fields["hosts_file"])
+            self.resolv_file = None if fields["resolv_file"] is None else _text(fields["resolv_file"])
+            self.hostname = _text(fields["hostname"])
+            self.tty = bool(fields["tty"])
         except (KeyError, TypeError, AttributeError, RecursionError) as error:
             raise ValueError(f"malformed order: {error!r}") from error
-        if not order.argv:
+        if not self.argv:
             raise ValueError("malformed order: no command")
-        return order
 
 
-@dataclass(frozen=True, slots=True)
 class Handles:
     """Descriptors of one start: ``log`` for a service, or ``connection`` for an attached command."""
 
-    cgroup: int
-    netns: int
-    log: int = -1
-    connection: int = -1
+    __slots__ = ("cgroup", "connection", "log", "netns")
+
+    def __init__(self, cgroup: int, netns: int, log: int = -1, connection: int = -1) -> None:
+        self.cgroup = cgroup
+        self.netns = netns
+        self.log = log
+        self.connection = connection
 
 
 def _text(value: Any) -> str:
@@ -260,8 +254,7 @@ class Child:
 
     def _leave_launcher(self) -> None:
         """Behave as a program does, and hold nothing that would hide the launcher's end from the daemon."""
-        signal.set_wakeup_fd(-1)
-        for number in (*self._settings.ignored_signals, signal.SIGTERM, signal.SIGINT, signal.SIGCHLD):
+        for number in (*self._settings.ignored_signals, signal.SIGTERM):
             signal.signal(number, signal.SIG_DFL)
         handles = self._handles
         close_all_but(handles.cgroup, handles.netns, self._settings.null_fd, self._report_fd,

@@ -14,7 +14,10 @@ import socket
 import struct
 from collections import deque
 from collections.abc import Sequence
-from typing import Any
+
+TYPE_CHECKING = False  # typing itself would add a tenth to the launcher's memory, and forks cost by that
+if TYPE_CHECKING:
+    from typing import Any
 
 PROTOCOL = 1
 HEADER = struct.Struct("=HHQ")  # protocol, Kind, the request's id (0: not an answer)

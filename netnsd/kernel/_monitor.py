@@ -13,10 +13,13 @@ import signal
 import socket
 import time
 from collections.abc import Iterator
-from typing import NoReturn
 
 from netnsd.kernel import libc
 from netnsd.kernel._child import Handles, Order, Settings, StageError, close_all_but, exit_code, fork_child, frame
+
+TYPE_CHECKING = False  # typing itself would add a tenth to the launcher's memory, and forks cost by that
+if TYPE_CHECKING:
+    from typing import NoReturn
 
 HANGUP_SECONDS = 2.0
 KILL_SECONDS = 10.0

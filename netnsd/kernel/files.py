@@ -16,6 +16,7 @@ from netnsd.core.environment import Environment
 from netnsd.errors import KernelError
 from netnsd.kernel import libc
 
+_HOSTS = Path("/etc/hosts")
 _RESOLV_CONF = Path("/etc/resolv.conf")
 _UPLINK_RESOLV_CONF = Path("/run/systemd/resolve/resolv.conf")
 _BLOCK_BYTES = 4096
@@ -42,8 +43,7 @@ class EnvironmentFiles:
         try:
             directory.mkdir(mode=0o755, exist_ok=True)
             hosts = directory / "hosts"
-            # IPv6 is off inside: localhost must not name ::1, which servers would bind alone and clients try first.
-            hosts.write_text(f"127.0.0.1\tlocalhost\n{environment.slot.address}\t{environment.name}\n")
+            hosts.write_text(f"127.0.0.1\tlocalhost\n{environment.slot.address}\t{environment.name}\n{_host_names()}")
             text = resolv_conf()
             if text is None:
                 return str(hosts), None
@@ -113,6 +113,16 @@ class EnvironmentFiles:
             os.close(fd)
 
 
+def _host_names() -> str:
+    """The host's own /etc/hosts without its loopback names.
+
+    IPv6 is off inside: localhost must not name ::1, which servers would bind alone and clients try first.
+    """
+    lines = (_read(_HOSTS) or "").splitlines()
+    kept = [line for line in lines if (fields := line.split("#")[0].split()) and not _is_loopback(fields[0])]
+    return "".join(f"{line}\n" for line in kept)
+
+
 def resolv_conf() -> str | None:
     """What environments resolve names with: the host's own, or its uplink's where the host's is a loopback stub.
 
@@ -124,9 +134,13 @@ def resolv_conf() -> str | None:
     return _read(_UPLINK_RESOLV_CONF) or text
 
 
+def _is_loopback(address: str) -> bool:
+    return address.startswith("127.") or address == "::1"
+
+
 def _is_loopback_only(text: str) -> bool:
     servers = [line.split()[1] for line in text.splitlines() if line.startswith("nameserver") and len(line.split()) > 1]
-    return bool(servers) and all(server.startswith("127.") or server == "::1" for server in servers)
+    return bool(servers) and all(_is_loopback(server) for server in servers)
 
 
 def _read(path: Path) -> str | None:

@@ -10,7 +10,6 @@ through a pipe. Ends are kept until the daemon acknowledges them, and told again
 
 from __future__ import annotations
 
-import argparse
 import contextlib
 import errno
 import gc
@@ -21,8 +20,6 @@ import signal
 import socket
 import sys
 from collections.abc import Callable
-from dataclasses import dataclass, field
-from typing import Any
 
 if not __package__:  # run as a file, where the rest of netnsd is not to be found: its directory, for these lines only
     sys.path.append(os.path.dirname(os.path.dirname(os.path.dirname(os.path.abspath(__file__)))))
@@ -44,22 +41,29 @@ from netnsd.kernel._messages import (
 if not __package__:
     sys.path.pop()
 
+TYPE_CHECKING = False  # typing itself would add a tenth to the launcher's memory, and forks cost by that
+if TYPE_CHECKING:
+    from typing import Any
+
 EXIT_ALREADY_RUNNING = 75
 _LISTEN_FDS_START = 3
 
 
-@dataclass(slots=True)
 class Pending:
     """A child that was forked and has not yet said whether its exec worked."""
 
-    pid: int
-    pidfd: int
-    report: int
-    launch_id: str
-    request: int
-    connection: Connection
-    code: int | None = None
-    data: bytes = field(default=b"")
+    __slots__ = ("code", "connection", "data", "launch_id", "pid", "pidfd", "report", "request")
+
+    def __init__(self, pid: int, report: int, launch_id: str, connection: Connection, request: int) -> None:
+        # The launcher is the parent: until it waits for the child, the number cannot be another's.
+        self.pid = pid
+        self.pidfd = os.pidfd_open(pid)
+        self.report = report
+        self.launch_id = launch_id
+        self.connection = connection
+        self.request = request
+        self.code: int | None = None
+        self.data = b""
 
 
 class Launcher:
@@ -68,7 +72,7 @@ class Launcher:
     def __init__(self, listener: socket.socket, hidden: list[str]) -> None:
         self._listener = listener
         self._hidden = hidden
-        self._settings = Settings.gather()
+        self._settings = Settings()
         self._selector = selectors.DefaultSelector()
         self._daemon: Connection | None = None
         self._pending: dict[int, Pending] = {}
@@ -182,7 +186,7 @@ class Launcher:
         try:
             kind, body = decode(data)
             if kind not in self._HANDLERS:
-                raise ValueError("not a request")  # noqa: TRY301  # answered as every other malformed message
+                raise ValueError("not a request")
             self._HANDLERS[kind](self, connection, request, body, fds)
         except (ValueError, RecursionError) as error:
             self._post(connection, encode(Kind.ERROR, request, {"message": str(error)}))
@@ -215,8 +219,7 @@ class Launcher:
             self._refuse(connection, request, error)
             return
         os.set_blocking(report, False)
-        # The launcher is the parent: until it waits for the child, the number cannot be another's.
-        pending = Pending(pid, os.pidfd_open(pid), report, order.launch_id, request, connection)
+        pending = Pending(pid, report, order.launch_id, connection, request)
         self._pending[pid] = pending
         self._selector.register(report, selectors.EVENT_READ, lambda: self._reported(pending))
 
@@ -237,7 +240,7 @@ class Launcher:
     def _decode(fds: list[int]) -> Order:
         if len(fds) != MAX_DESCRIPTORS:
             raise ValueError(f"an order has {MAX_DESCRIPTORS} descriptors, not {len(fds)}")
-        return Order.decode(read_sealed(fds[3]))
+        return Order(read_sealed(fds[3]))
 
     def _refuse(self, connection: Connection, request: int, error: StageError, kind: Kind = Kind.SPAWN) -> None:
         failure = {"stage": error.stage, "errno": error.errno_name, "message": error.message, "hint": error.hint}
@@ -316,37 +319,55 @@ def detach() -> None:
         os._exit(0)
 
 
+def parse(arguments: list[str]) -> tuple[str, list[str], bool]:
+    """Where to listen, what to hide, whether to detach. By hand: argparse would stay in memory. Raises ValueError."""
+    path, hidden, detached = "", [], False
+    words = iter(arguments)
+    for word in words:
+        if word == "--socket":
+            path = next(words, "")
+        elif word == "--hide":
+            hidden.append(next(words, ""))
+        elif word == "--detach":
+            detached = True
+        else:
+            raise ValueError(f"unknown argument: {word}")
+    if not path:
+        raise ValueError("--socket is missing")
+    return path, hidden, detached
+
+
 def main() -> int:
     """Run as a program."""
-    parser = argparse.ArgumentParser(prog="netnsd-launcher", description="Starts servers for netnsd.")
-    parser.add_argument("--socket", required=True, help="where the daemon connects")
-    parser.add_argument("--hide", action="append", default=[], help="a mounted directory that servers must not copy")
-    parser.add_argument("--detach", action="store_true", help="return as soon as the socket listens")
-    arguments = parser.parse_args()
+    try:
+        path, hidden, detached = parse(sys.argv[1:])
+    except ValueError as error:
+        os.write(2, f"netnsd-launcher: {error}\nusage: --socket PATH [--hide DIR]... [--detach]\n".encode())
+        return 2
     given = os.environ.get("LISTEN_PID") == str(os.getpid()) and os.environ.get("LISTEN_FDS") == "1"
     while os.open("/dev/null", os.O_RDWR) < _LISTEN_FDS_START:  # so that no other descriptor becomes 0, 1 or 2
         pass
     libc.close_range(_LISTEN_FDS_START + given, 2**32 - 1)
     try:
-        listener = socket.socket(fileno=_LISTEN_FDS_START) if given else listen(arguments.socket)
+        listener = socket.socket(fileno=_LISTEN_FDS_START) if given else listen(path)
     except OSError as error:
-        os.write(2, f"netnsd-launcher: {arguments.socket}: {error}\n".encode())
+        os.write(2, f"netnsd-launcher: {path}: {error}\n".encode())
         return EXIT_ALREADY_RUNNING if isinstance(error, FileExistsError) else 1
     listener.set_inheritable(False)
     os.chdir("/")
     libc.unshare(libc.CLONE_NEWNS)
     libc.mount(None, "/", None, libc.MS_REC | libc.MS_SLAVE)
-    hide(arguments.hide)
-    if arguments.detach:
+    hide(hidden)
+    if detached:
         detach()
     signal.pthread_sigmask(signal.SIG_SETMASK, ())
     libc.set_process_name("netnsd-launcher")
     libc.prctl(libc.PR_SET_CHILD_SUBREAPER, 1)
-    inode = None if given else os.stat(arguments.socket).st_ino
-    Launcher(listener, arguments.hide).run()
+    inode = None if given else os.stat(path).st_ino
+    Launcher(listener, hidden).run()
     with contextlib.suppress(OSError):
-        if os.stat(arguments.socket).st_ino == inode:
-            os.unlink(arguments.socket)
+        if os.stat(path).st_ino == inode:
+            os.unlink(path)
     return 0
 
 

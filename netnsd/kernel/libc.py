@@ -7,7 +7,10 @@ from __future__ import annotations
 
 import ctypes
 import os
-from typing import Any
+
+TYPE_CHECKING = False  # typing itself would add a tenth to the launcher's memory, and forks cost by that
+if TYPE_CHECKING:
+    from typing import Any
 
 # linux/sched.h
 CLONE_NEWNS = 0x00020000

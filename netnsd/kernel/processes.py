@@ -24,7 +24,8 @@ from netnsd.kernel._child import StageError
 from netnsd.kernel._messages import HEADER, Kind, decode, encode, read_sealed, receive, sealed_memfd, send
 
 START_SECONDS = 5.0
-RETRY_SECONDS = 1.0
+FIRST_PAUSE_SECONDS = 0.02
+LAST_PAUSE_SECONDS = 2.0
 NETNS_DIRECTORY = "/run/netns"
 
 
@@ -49,7 +50,8 @@ class _Request:
 class LauncherProcesses:
     """Implements ``core.interfaces.Processes``.
 
-    ``run`` owns the connection; ``launcher_pid`` is of the launcher that it leads to. An end may be told twice on ``exits``: it is told again until it is acknowledged.
+    ``run`` owns the connection; ``launcher_pid`` is of the launcher that it leads to. An end may be told twice on
+    ``exits``: each new connection brings again what was not acknowledged.
 
     Args:
         socket_path: where the launcher listens, or will.
@@ -225,8 +227,10 @@ class LauncherProcesses:
 
     async def run(self, *, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
         """Keep a launcher at hand until cancelled. Raises LauncherUnavailable when the first does not come up."""
-        sock = await self._connect()
+        patience = START_SECONDS
         while True:
+            sock = await self._connect_again(patience)
+            patience = math.inf
             try:
                 self._socket = sock
                 self._connected.set()
@@ -236,12 +240,19 @@ class LauncherProcesses:
             finally:
                 self._lose(sock)
             self._tell_exit.send_nowait(None)
-            while True:
-                try:
-                    sock = await self._connect()
-                    break
-                except LauncherUnavailable:
-                    await trio.sleep(RETRY_SECONDS)
+
+    async def _connect_again(self, patience: float) -> socket.socket:
+        """Try until it works, more and more slowly. Raises LauncherUnavailable after ``patience`` seconds."""
+        deadline = trio.current_time() + patience
+        pause = FIRST_PAUSE_SECONDS
+        while True:
+            try:
+                return await self._connect()
+            except LauncherUnavailable:
+                if trio.current_time() + pause > deadline:
+                    raise
+            await trio.sleep(pause)
+            pause = min(2 * pause, LAST_PAUSE_SECONDS)
 
     async def _speak(self, sock: socket.socket) -> None:
         """Read until the connection ends."""

@@ -1,5 +1,8 @@
 """A launcher with its own socket, a namespace, a cgroup subtree and files, for tests; all gone afterwards."""
 
+# ruff: noqa: ASYNC220
+# Small files and processes of tests: nothing else waits meanwhile.
+
 from __future__ import annotations
 
 import os

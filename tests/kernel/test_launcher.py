@@ -1,5 +1,8 @@
 """The launcher and the daemon's end of it, with real processes."""
 
+# ruff: noqa: ASYNC220, ASYNC230, ASYNC240
+# Small files and processes of tests: nothing else waits meanwhile.
+
 from __future__ import annotations
 
 import json
@@ -206,7 +209,7 @@ async def test_malformed_messages_get_an_error_and_the_launcher_goes_on(world: W
 # -- ends ---------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(("script", "code"), [("exit 0", 0), ("exit 7", 7), ("kill -TERM $$", 143), ("kill -9 $$", 137)])
+@pytest.mark.parametrize(("script", "code"), [("exit 0", 0), ("exit 7", 7), ("kill $$", 143), ("kill -9 $$", 137)])
 async def test_exit_codes(world: World, script: str, code: int) -> None:
     launch = world.shell(script)
     await world.processes.launch(launch)
@@ -256,7 +259,7 @@ async def test_exits_while_no_daemon_lives_are_kept_until_acknowledged(world: Wo
     world.write("go", "")
     await world.connect()
     with trio.fail_after(5):
-        codes = {}
+        codes: dict[str, int | None] = {}
         while len(codes) < 2:
             exited = await world.processes.exits.receive()
             if exited is not None:
@@ -337,6 +340,7 @@ async def test_slow_start_of_one_command_does_not_hold_up_others(world: World) -
 async def test_launcher_started_by_somebody_else_is_used(world: World) -> None:
     other = LauncherProcesses(world.path("l.sock"), world.tree.root, [])
     pid = world.processes.launcher_pid
+    await world.disconnect()
     async with trio.open_nursery() as nursery:
         await nursery.start(other.run)
         assert other.launcher_pid == pid
@@ -353,14 +357,22 @@ async def test_launcher_ends_cleanly_on_sigterm_and_servers_go_on(world: World) 
     assert world.tree.pids("nd0/main") == [pid]
 
 
+_ACTIVATE = """
+import os, sys
+os.dup2(int(sys.argv[1]), 3)
+os.environ.update(LISTEN_FDS="1", LISTEN_PID=str(os.getpid()))
+os.execv(sys.argv[2], sys.argv[2:])
+"""
+
+
 async def test_listening_socket_of_systemd_is_taken(world: World) -> None:
     await world.end_launcher()
     with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as listener:
         listener.bind(world.path("l.sock"))
         listener.listen()
-        given = f"exec 3<&{listener.fileno()} {listener.fileno()}<&-; export LISTEN_FDS=1 LISTEN_PID=$$; exec \"$@\""
         command = [sys.executable, "-I", "-S", launcher.__file__, "--socket", world.path("l.sock")]
-        started = subprocess.Popen(["sh", "-c", given, "sh", *command], pass_fds=[listener.fileno()])
+        arguments = [sys.executable, "-c", _ACTIVATE, str(listener.fileno()), *command]
+        started = subprocess.Popen(arguments, pass_fds=[listener.fileno()])
     await world.connect()
     assert world.processes.launcher_pid == started.pid
     assert await world.run("echo here") == "here\n"
@@ -368,6 +380,38 @@ async def test_listening_socket_of_systemd_is_taken(world: World) -> None:
     assert started.wait(5) == 0
     assert os.path.exists(world.path("l.sock"))  # its owner's to remove
     os.unlink(world.path("l.sock"))
+
+
+_HOST = """
+set -e
+mount --make-rshared /
+pins() { mkdir -p $1; mount --bind $1 $1; touch $1/pin; mount --bind /proc/self/ns/net $1/pin; }
+pins $0/early
+"$@" --hide $0/early --hide $0/late
+pins $0/late
+echo done
+read end
+"""
+
+
+async def test_pins_are_not_copied_into_servers_mounts(world: World) -> None:
+    await world.end_launcher()
+    command = ["unshare", "--mount", "--propagation", "private", "sh", "-c", _HOST, world.directory]
+    command += [sys.executable, "-I", "-S", launcher.__file__, "--detach", "--socket", world.path("l.sock")]
+    host = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+    assert host.stdin is not None
+    assert host.stdout is not None
+    try:
+        assert await trio.to_thread.run_sync(host.stdout.readline) == b"done\n"
+        await world.connect()
+        with open(f"/proc/{host.pid}/mountinfo") as file:
+            assert file.read().count("/pin ") == 2
+        assert "/pin " not in await world.run("cat /proc/self/mountinfo")
+    finally:
+        host.kill()
+        host.wait()
+        host.stdin.close()
+        host.stdout.close()
 
 
 async def test_start_takes_milliseconds(world: World) -> None:

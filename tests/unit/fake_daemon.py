@@ -247,8 +247,10 @@ class FakeDaemon:
                 os.close(fd)
         threading.Thread(target=self._forward, args=(connection.dup(), child.pid), daemon=True).start()
         code = child.wait(DEADLINE_SECONDS)
-        self.children_ended.set()
-        self._frame(connection, {"exit": code if code >= 0 else 128 - code})
+        try:
+            self._frame(connection, {"exit": code if code >= 0 else 128 - code})
+        finally:
+            self.children_ended.set()
 
     def _forward(self, connection: socket.socket, pid: int) -> None:
         with connection, suppress(ProcessLookupError, OSError):

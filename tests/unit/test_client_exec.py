@@ -269,6 +269,21 @@ def test_all_output_comes_before_the_end(daemon: FakeDaemon) -> None:
         assert b"END" in screen.seen
 
 
+def test_output_that_waits_when_the_command_has_ended_is_shown(daemon: FakeDaemon, tmp_path: Path) -> None:
+    # A pty holds about 12 KB, and one read of it returns 4 KB at most.
+    script = f"echo up; until test -e {tmp_path}/go; do sleep 0.01; done; head -c 8000 /dev/zero | tr '\\0' x"
+    with Screen("web", "--", "sh", "-c", script) as screen:
+        screen.expect(b"up\r\n")
+        screen.client.send_signal(signal.SIGSTOP)
+        os.waitid(os.P_PID, screen.client.pid, os.WSTOPPED | os.WNOWAIT)
+        (tmp_path / "go").touch()
+        # The exit code is there before the client has read a byte of the output.
+        assert daemon.children_ended.wait(DEADLINE_SECONDS)
+        screen.client.send_signal(signal.SIGCONT)
+        assert screen.end() == 0
+        assert screen.seen.count(b"x") == 8000
+
+
 def test_much_input_and_output_at_once_do_not_block_each_other(daemon: FakeDaemon) -> None:
     script = "stty raw -echo; echo up; head -c 200000 | tee /dev/stderr"
     with subprocess.Popen([*CLIENT, "exec", "-t", "web", "--", "sh", "-c", script], stdin=subprocess.PIPE,
