@@ -1,14 +1,13 @@
 """attach.sock: commands that run on their client's own descriptors.
 
 The request is authorised here; then the connection itself goes to the launcher, whose child receives the descriptors
-after it has become the caller. We never receive them: the kernel refuses any that come before that, or, where it
-cannot, the request is read in a thread that a smuggled descriptor may block.
+after it has become the caller. We never keep them: the kernel refuses any that come before that, or, where it cannot,
+they are closed in a thread.
 """
 
 from __future__ import annotations
 
-import json
-import socket
+import os
 import struct
 
 import structlog
@@ -17,19 +16,22 @@ import trio
 from netnsd import wire
 from netnsd.api import json_body, problems
 from netnsd.api.app import BODY_BYTES, BODY_SECONDS
+from netnsd.api.stream import close, receive
 from netnsd.core.actor import Actor
 from netnsd.core.environments import Environments
 from netnsd.errors import BodyTooLarge, InternalError, NetnsdError, RequestTimeout, TooManyConnections
 
 _LENGTH = struct.Struct(">I")
+_SEND_SECONDS = 1.0
 _log = structlog.get_logger()
 
 
 class AttachServer:
     """Serves connections of attach.sock that a Gate admitted."""
 
-    def __init__(self, environments: Environments) -> None:
+    def __init__(self, environments: Environments, *, filters_descriptors: bool) -> None:
         self._environments = environments
+        self._filters = filters_descriptors
 
     @property
     def refusal(self) -> bytes:
@@ -38,31 +40,38 @@ class AttachServer:
 
     async def handle(self, connection: trio.socket.SocketType, actor: Actor) -> None:
         """Read one request, and hand the connection over or answer why not."""
-        # From here on a plain socket in a thread: the descriptor must be blocking for who gets it next.
-        plain = socket.socket(fileno=connection.detach())
         try:
             try:
-                request = json_body.parse(await self._read(plain), wire.ExecRequest)
-                await self._environments.attach(request, actor, plain.fileno())
+                request = json_body.parse(await self._read(connection), wire.ExecRequest)
+                os.set_blocking(connection.fileno(), True)  # as whoever gets it next expects
+                await self._environments.attach(request, actor, connection.fileno())
             except NetnsdError as error:
-                await _send(plain, problems.body_of(error))
-            except (ConnectionError, EOFError):
+                await _send(connection, problems.body_of(error))
+            except (OSError, EOFError):
                 return
             except Exception:  # the one place where a fault becomes an answer  # noqa: BLE001
                 _log.exception("attach_failed")
-                await _send(plain, problems.body_of(InternalError("a fault in netnsd", hint="See the daemon's log.")))
+                await _send(connection, problems.body_of(InternalError("a fault in netnsd",
+                                                                       hint="The daemon's log has the details.")))
         finally:
-            with trio.CancelScope(shield=True):
-                await trio.to_thread.run_sync(plain.close, abandon_on_cancel=True)
+            close(connection, filters_descriptors=self._filters)
 
-    async def _read(self, plain: socket.socket) -> bytes:
-        plain.settimeout(BODY_SECONDS)
-        try:
-            return await trio.to_thread.run_sync(_read_frame, plain, abandon_on_cancel=True)
-        except TimeoutError as error:
-            raise RequestTimeout(f"the request took more than {BODY_SECONDS:g} s", hint="Send it at once.") from error
-        finally:
-            plain.settimeout(None)
+    async def _read(self, connection: trio.socket.SocketType) -> bytes:
+        with trio.move_on_after(BODY_SECONDS):
+            length = _LENGTH.unpack(await self._exactly(connection, _LENGTH.size))[0]
+            if length > BODY_BYTES:
+                raise BodyTooLarge(f"the request has {length} bytes", hint=f"At most {BODY_BYTES} bytes are read.")
+            return await self._exactly(connection, length)
+        raise RequestTimeout(f"the request took more than {BODY_SECONDS:g} s", hint="Send it at once.")
+
+    async def _exactly(self, connection: trio.socket.SocketType, count: int) -> bytes:
+        data = b""
+        while len(data) < count:
+            part = await receive(connection, count - len(data), filters_descriptors=self._filters)
+            if not part:
+                raise EOFError
+            data += part
+        return data
 
 
 def frame(body: bytes) -> bytes:
@@ -70,26 +79,13 @@ def frame(body: bytes) -> bytes:
     return _LENGTH.pack(len(body)) + body
 
 
-def _read_frame(plain: socket.socket) -> bytes:
-    length = _LENGTH.unpack(_exactly(plain, _LENGTH.size))[0]
-    if length > BODY_BYTES:
-        raise BodyTooLarge(f"the request has {length} bytes", hint=f"At most {BODY_BYTES} bytes are read.")
-    return _exactly(plain, length)
-
-
-def _exactly(plain: socket.socket, count: int) -> bytes:
-    data = b""
-    while len(data) < count:
-        part = plain.recv(count - len(data))
-        if not part:
-            raise EOFError
-        data += part
-    return data
-
-
-async def _send(plain: socket.socket, body: bytes) -> None:
-    plain.settimeout(1.0)
-    try:
-        await trio.to_thread.run_sync(plain.sendall, frame(body), abandon_on_cancel=True)
-    except OSError:
-        _log.debug("attach_answer_lost", body=json.loads(body))
+async def _send(connection: trio.socket.SocketType, body: bytes) -> None:
+    """Send a frame, unless the client does not read: then it does not want to know."""
+    data = frame(body)
+    os.set_blocking(connection.fileno(), False)
+    with trio.move_on_after(_SEND_SECONDS):
+        try:
+            while data:
+                data = data[await connection.send(data):]
+        except OSError:
+            _log.debug("attach_answer_lost")

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import errno
-import functools
 import grp
 import pwd
 import socket
 import struct
-import time
+from collections.abc import Callable
+from typing import Any, TypeVar, cast
 
 import trio
 
@@ -18,7 +18,12 @@ _SO_PEERGROUPS = 59  # asm-generic/socket.h
 _SO_PASSRIGHTS = 83
 _UCRED = struct.Struct("=iII")
 _MOST_GROUPS = 65536
-_ACCOUNT_SECONDS = 30
+_KNOWN_SECONDS = 30.0
+_MOST_KNOWN = 4096
+
+K = TypeVar("K")
+V = TypeVar("V")
+_known: dict[tuple[Any, Any], tuple[float, Any]] = {}
 
 
 def refuse_descriptors(listener: socket.socket) -> bool:
@@ -40,10 +45,8 @@ async def actor_of(connection: trio.socket.SocketType, admin_group: str) -> Acto
     """Who is at the other end of a Unix stream connection. The pid is not asked: it may be another's by now."""
     _pid, uid, gid = _UCRED.unpack(connection.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _UCRED.size))
     groups = _peer_groups(connection)
-    period = int(time.monotonic()) // _ACCOUNT_SECONDS
-    # The name service may ask the network.
-    user, home, shell = await trio.to_thread.run_sync(_account, uid, period)
-    admin = await trio.to_thread.run_sync(_group_id, admin_group, period)
+    user, home, shell = await _cached(_account, uid)
+    admin = await _cached(_group_id, admin_group)
     is_admin = uid == 0 or (admin is not None and (gid == admin or admin in groups))
     return Actor(uid=uid, gid=gid, groups=groups, user=user, home=home, shell=shell, is_admin=is_admin)
 
@@ -62,8 +65,18 @@ def _peer_groups(connection: trio.socket.SocketType) -> tuple[int, ...]:
         return struct.unpack(f"={len(raw) // 4}I", raw)
 
 
-@functools.lru_cache(maxsize=4096)
-def _account(uid: int, _period: int) -> tuple[str, str, str]:
+async def _cached(look_up: Callable[[K], V], key: K) -> V:
+    """What the name service says, which may ask the network: in a thread, and not for every connection."""
+    now = trio.current_time()
+    known = _known.get((look_up, key))
+    if known is None or now > known[0]:
+        if len(_known) >= _MOST_KNOWN:
+            _known.clear()
+        known = _known[look_up, key] = (now + _KNOWN_SECONDS, await trio.to_thread.run_sync(look_up, key))
+    return cast("V", known[1])
+
+
+def _account(uid: int) -> tuple[str, str, str]:
     try:
         entry = pwd.getpwuid(uid)
     except KeyError:
@@ -71,8 +84,7 @@ def _account(uid: int, _period: int) -> tuple[str, str, str]:
     return entry.pw_name, entry.pw_dir, entry.pw_shell or "/bin/sh"
 
 
-@functools.lru_cache(maxsize=16)
-def _group_id(name: str, _period: int) -> int | None:
+def _group_id(name: str) -> int | None:
     try:
         return grp.getgrnam(name).gr_gid
     except KeyError:

@@ -13,6 +13,7 @@ import errno
 import os
 import re
 import socket
+import threading
 from collections.abc import Callable
 
 import trio
@@ -71,13 +72,9 @@ class GuardedStream:
         await self._stream.send_eof()
 
     async def aclose(self) -> None:
-        """Close the socket. Where descriptors may lie unread in it, in a thread: closing them can block."""
-        if self._filters or self.socket.fileno() < 0:
-            await self._stream.aclose()
-            return
-        trio.lowlevel.notify_closing(self.socket)
-        fd = self.socket.detach()
-        await trio.to_thread.run_sync(os.close, fd, abandon_on_cancel=True)
+        """Close the socket."""
+        close(self.socket, filters_descriptors=self._filters)
+        await trio.lowlevel.checkpoint()
 
     def shut(self) -> None:
         """End the connection now, whoever is blocked on it."""
@@ -107,20 +104,33 @@ class GuardedStream:
         return data[:length]
 
     async def _receive(self, max_bytes: int) -> bytes:
-        if self._filters:
-            return bytes(await self._stream.receive_some(max_bytes))
         try:
-            data, ancillary, _flags, _address = await self.socket.recvmsg(
-                max_bytes, socket.CMSG_SPACE(_MOST_DESCRIPTORS * 4))
+            return await receive(self.socket, max_bytes, filters_descriptors=self._filters)
         except OSError as error:
             raise trio.BrokenResourceError from error
-        descriptors = array.array("i")
-        for level, kind, payload in ancillary:
-            if level == socket.SOL_SOCKET and kind == socket.SCM_RIGHTS:
-                descriptors.frombytes(payload[:len(payload) - len(payload) % descriptors.itemsize])
-        if descriptors:
-            await trio.to_thread.run_sync(_close_all, list(descriptors), abandon_on_cancel=True)
-        return data
+
+
+async def receive(connection: trio.socket.SocketType, max_bytes: int, *, filters_descriptors: bool) -> bytes:
+    """Read bytes; descriptors that come with them are closed in a thread of their own. Raises OSError."""
+    if filters_descriptors:
+        return await connection.recv(max_bytes)
+    data, ancillary, _flags, _address = await connection.recvmsg(max_bytes, socket.CMSG_SPACE(_MOST_DESCRIPTORS * 4))
+    descriptors = array.array("i")
+    for level, kind, payload in ancillary:
+        if level == socket.SOL_SOCKET and kind == socket.SCM_RIGHTS:
+            descriptors.frombytes(payload[:len(payload) - len(payload) % descriptors.itemsize])
+    if descriptors:
+        threading.Thread(target=_close_all, args=(list(descriptors),), daemon=True).start()
+    return data
+
+
+def close(connection: trio.socket.SocketType, *, filters_descriptors: bool) -> None:
+    """Close a socket. Where descriptors may lie unread in it, in a thread of its own: closing them can block."""
+    if filters_descriptors or connection.fileno() < 0:
+        connection.close()
+        return
+    trio.lowlevel.notify_closing(connection)
+    threading.Thread(target=_close_all, args=([connection.detach()],), daemon=True).start()
 
 
 def _check_partial(data: bytes) -> None:

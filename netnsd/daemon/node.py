@@ -25,7 +25,7 @@ from netnsd.api.server import Gate, HttpServer
 from netnsd.core.environments import Adapters, Environments
 from netnsd.core.registry import Settings
 from netnsd.daemon.config import Config
-from netnsd.errors import ConfigError, HostUnfit, SupernetConflict
+from netnsd.errors import ConfigError, HostUnfit, NetnsdError, SupernetConflict
 from netnsd.kernel import bridges, host, logfile, ruleset_watch
 from netnsd.kernel.cgroup import CgroupTree
 from netnsd.kernel.files import EnvironmentFiles
@@ -127,8 +127,11 @@ class Node:
 
     async def check(self) -> None:
         """Look whether the host is as it should be, and put right what is not."""
-        if await self.environments.check():
-            _log.warning("rules_restored")
+        try:
+            if await self.environments.check():
+                _log.warning("rules_restored")
+        except NetnsdError as error:
+            _log.error("check_failed", code=error.code, reason=error.message)
 
     # -- sockets ------------------------------------------------------------------------------------------------
 
@@ -139,7 +142,7 @@ class Node:
         context = Context(self.environments, self._info, self._doctor, files.log_path, logfile.read,
                           self._events.follow)
         self._http = HttpServer(application(context), filters_descriptors=filters)
-        attach_server = AttachServer(self.environments)
+        attach_server = AttachServer(self.environments, filters_descriptors=filters)
         gate = Gate(self._config.daemon.admin_group, self._config.daemon.connections_per_user)
         nursery.start_soon(gate.serve, api, self._http.handle, nursery, self._http.refusal)
         nursery.start_soon(gate.serve, attach, attach_server.handle, nursery, attach_server.refusal)

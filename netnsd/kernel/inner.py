@@ -32,6 +32,11 @@ table ip netnsd {
     socket wildcard { 0, 1 } return
     dnat to 127.0.0.1
   }
+  # Databases let in only who comes from 127.0.0.1 by default; who reaches a loopback server here is its owner.
+  chain arrived {
+    type nat hook input priority 100;
+    iifname "eth0" ip daddr 127.0.0.1 snat to 127.0.0.1
+  }
   chain own {
     type nat hook output priority -100;
     ip daddr 127.0.0.0/8 meta l4proto { tcp, udp } redirect to : meta l4proto . th dport map @published
