@@ -6,6 +6,7 @@ creation, a removal, and what a killed daemon left. Verbs on one environment tak
 
 from __future__ import annotations
 
+import contextlib
 import uuid
 from collections.abc import Callable
 from contextlib import AbstractAsyncContextManager
@@ -132,13 +133,16 @@ class Environments:
         if existing is not None and request.replace:
             await self.remove(existing)
         environment = self.registry.reserve(blueprint, actor)
-        async with self._lock(environment.id):
-            try:
-                await self._make(environment)
-            except BaseException:
-                with trio.move_on_after(_UNDO_SECONDS, shield=True):
-                    await self._undo(environment)
-                raise
+        lock = self._lock(environment.id)
+        lock.acquire_nowait()  # nobody knows it yet; a wait here that is cancelled would leave the row
+        try:
+            await self._make(environment)
+        except BaseException:
+            with trio.move_on_after(_UNDO_SECONDS, shield=True):
+                await self._undo(environment)
+            raise
+        finally:
+            lock.release()
         self._tell("created", environment)
         return environment
 
@@ -149,6 +153,7 @@ class Environments:
             await self._furnish(environment)
             for service in list(environment.services.values()):
                 await self._supervisor.start(environment, service)
+        self._waits.require(environment)  # it may have been removed meanwhile
         self._set_state(environment, "ready")
         if not environment.services:
             assert self._nursery is not None
@@ -218,7 +223,8 @@ class Environments:
         self._mark_removing(environment)
         with trio.CancelScope(shield=True):
             if was_ready:  # who holds the lock may be waiting for servers to end
-                await self._a.cgroups.remove(environment.slot.cgroup)
+                with contextlib.suppress(NetnsdError):  # tried again, and told, below
+                    await self._a.cgroups.remove(environment.slot.cgroup)
             async with self._lock(environment.id):
                 if environment in self.registry:
                     await self._tear_down(environment)
@@ -239,7 +245,7 @@ class Environments:
     async def _tear_down(self, environment: Environment) -> None:
         failures: list[str] = []
         for step in (partial(self._a.cgroups.remove, environment.slot.cgroup),
-                     partial(self._reaper.do, environment)):
+                     partial(self._reap_one, environment)):
             try:
                 await step()
             except (NetnsdError, ExceptionGroup) as error:
@@ -256,6 +262,12 @@ class Environments:
         self._locks.pop(environment.id, None)
         self._supervisor.forget(environment)
         self._tell("removed", environment)
+
+    async def _reap_one(self, environment: Environment) -> None:
+        try:
+            await self._reaper.do(environment)
+        except ExceptionGroup:  # another's of the same batch, perhaps
+            await self._reap([environment])
 
     async def _reap(self, environments: list[Environment]) -> None:
         """Remove what the kernel has of many environments at once."""

@@ -16,6 +16,7 @@ import trio
 
 from netnsd.core.environment import Command, Environment, Service
 from netnsd.core.interfaces import Exited, Launch
+from netnsd.errors import StoreError
 
 if TYPE_CHECKING:
     from netnsd.core.environments import Adapters, Emit
@@ -31,6 +32,7 @@ class Supervisor:
         self._emit = emit
         self._launches: dict[str, tuple[Environment, str]] = {}
         self._early: dict[str, int | None] = {}
+        self._losses = 0
         self._nursery: trio.Nursery | None = None
         self._pulse = trio.Event()
 
@@ -64,10 +66,11 @@ class Supervisor:
         if service.state in ("starting", "running"):
             return
         launch_id = uuid.uuid4().hex
+        losses = self._losses
         self._launches[launch_id] = (environment, service.name)
-        self._save(environment, service.changed(state="starting", launch_id=launch_id, pid=None, exit_code=None))
         group = group_of(environment, service.name)
         try:
+            self._save(environment, service.changed(state="starting", launch_id=launch_id, pid=None, exit_code=None))
             await self._a.cgroups.create(group)
             log = self._a.files.open_log(environment, service.name)
             try:
@@ -75,14 +78,17 @@ class Supervisor:
                     self.launch_of(environment, service.command, group, launch_id, log))
             finally:
                 os.close(log)
+            self._save(environment, environment.services[service.name].changed(state="running", pid=pid))
         except BaseException:
             self._launches.pop(launch_id, None)
             self._early.pop(launch_id, None)
+            environment.services[service.name] = service  # whatever else fails: "starting" could never be started
             with trio.CancelScope(shield=True):
                 await self._a.cgroups.remove(group)
             self._save(environment, service)
             raise
-        self._save(environment, environment.services[service.name].changed(state="running", pid=pid))
+        if losses != self._losses:  # who started it may be gone, and its end not be told
+            self._watch(environment, environment.services[service.name])
         self._tell("started", environment, service.name, pid=pid)
         if launch_id in self._early:
             self._on_exit(Exited(launch_id, self._early.pop(launch_id)))
@@ -159,16 +165,18 @@ class Supervisor:
         service = service.changed(exit_code=exited.code)
         if self._a.cgroups.populated(group_of(environment, name)):
             remaining = self._a.cgroups.pids(group_of(environment, name))
-            self._save(environment, service.changed(pid=remaining[0] if remaining else None))
-            self._a.processes.acknowledge(exited.launch_id)
+            if self._note(environment, service.changed(pid=remaining[0] if remaining else None)):
+                self._a.processes.acknowledge(exited.launch_id)
             self._watch(environment, service)
         else:
             self._ended(environment, service)
 
     def _launcher_lost(self) -> None:
         """Nobody reports these services' ends any more: their cgroups do, without exit codes."""
+        self._losses += 1
         for environment, name in self._launches.values():
-            self._watch(environment, environment.services[name])
+            if environment.services[name].state != "starting":  # its cgroup is empty before its start
+                self._watch(environment, environment.services[name])
 
     def _watch(self, environment: Environment, service: Service) -> None:
         assert self._nursery is not None
@@ -184,8 +192,8 @@ class Supervisor:
         assert service.launch_id is not None
         state = service.state if service.state == "stopped" else "exited"
         self._launches.pop(service.launch_id, None)
-        self._save(environment, service.changed(state=state, pid=None))
-        self._a.processes.acknowledge(service.launch_id)
+        if self._note(environment, service.changed(state=state, pid=None)):
+            self._a.processes.acknowledge(service.launch_id)
         self._tell("ended", environment, service.name, exit_code=service.exit_code)
 
     def _save(self, environment: Environment, service: Service) -> None:
@@ -193,6 +201,18 @@ class Supervisor:
             self._a.store.set_service(environment.id, service)
         environment.services[service.name] = service
         self.pulse()
+
+    def _note(self, environment: Environment, service: Service) -> bool:
+        """Save what happened by itself; where it cannot be written it holds all the same. Returns whether it was."""
+        environment.services[service.name] = service
+        self.pulse()
+        try:
+            with self._a.store.transaction():
+                self._a.store.set_service(environment.id, service)
+        except StoreError as error:
+            self._tell("store_failed", environment, service.name, reason=error.message)
+            return False
+        return True
 
     def _tell(self, kind: str, environment: Environment, service: str, **details: object) -> None:
         self._emit(kind, environment.uid, environment.id, environment.name, service=service, **details)

@@ -136,7 +136,7 @@ class Order:
 
 
 class Handles:
-    """Descriptors of one start: ``log`` for a service, or ``connection`` for an attached command."""
+    """Descriptors of one start: the group's directory, the namespace, and ``log`` or ``connection``."""
 
     __slots__ = ("cgroup", "connection", "log", "netns")
 
@@ -198,19 +198,38 @@ def exit_code(status: int) -> int:
 def fork_child(order: Order, handles: Handles, settings: Settings) -> tuple[int, int]:
     """Start it: its pid, and a pipe that ends when it was exec'd, or else gives a StageError. The caller closes it.
 
-    Raises StageError ``fork``.
+    Raises StageError ``fork`` or ``cgroup``.
     """
     reading, writing = os.pipe()
     try:
-        pid = os.fork()
+        pid, is_placed = _fork(handles.cgroup)
         if pid == 0:
-            Child(order, handles, settings, writing).become()
+            Child(order, handles, settings, writing, is_placed=is_placed).become()
     except OSError as error:
         os.close(reading)
-        raise StageError("fork", error.errno or errno.EAGAIN) from error
+        stage = "cgroup" if error.errno in _REFUSALS_OF_GROUPS else "fork"
+        raise StageError(stage, error.errno or errno.EAGAIN) from error
     finally:
         os.close(writing)
     return pid, reading
+
+
+# A group that was removed, that has controllers and so no processes of its own, or that is of another kind.
+_REFUSALS_OF_GROUPS = (errno.ENODEV, errno.EBUSY, errno.EOPNOTSUPP, errno.EBADF)
+
+
+def _fork(cgroup: int) -> tuple[int, bool]:
+    """A fork that is born in the group, or where the kernel has no such thing an ordinary one; and which.
+
+    Moving a process to another group waits for a grace period of RCU, 10 ms and more, unless one was moved just
+    before (cgroup_threadgroup_rwsem, kernel/cgroup/cgroup.c). Being born there does not.
+    """
+    try:
+        return libc.fork_into_cgroup(cgroup), True
+    except OSError as error:
+        if error.errno not in (errno.ENOSYS, errno.EPERM, errno.EINVAL, errno.E2BIG):
+            raise
+    return os.fork(), False
 
 
 def _accept_descriptors(connection: socket.socket, accept: bool) -> None:
@@ -222,11 +241,13 @@ def _accept_descriptors(connection: socket.socket, accept: bool) -> None:
 class Child:
     """A forked child on its way to exec. ``become`` never returns."""
 
-    def __init__(self, order: Order, handles: Handles, settings: Settings, report_fd: int) -> None:
+    def __init__(self, order: Order, handles: Handles, settings: Settings, report_fd: int, *,
+                 is_placed: bool) -> None:
         self._order = order
         self._handles = handles
         self._settings = settings
         self._report_fd = report_fd
+        self._is_placed = is_placed
 
     def become(self) -> NoReturn:
         """Do every step; report the one that fails."""
@@ -261,7 +282,9 @@ class Child:
                       handles.log if handles.log >= 0 else handles.connection)
 
     def _join_cgroup(self) -> None:
-        os.write(self._handles.cgroup, b"0")
+        if not self._is_placed:
+            procs = os.open("cgroup.procs", os.O_WRONLY | os.O_CLOEXEC, dir_fd=self._handles.cgroup)
+            os.write(procs, b"0")
 
     def _enter_directory(self) -> None:
         """As the user, for directories that root may not enter (NFS); the saved id stays root's until ``ids``."""

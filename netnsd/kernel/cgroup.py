@@ -50,6 +50,7 @@ class CgroupTree:
         self.root = os.path.join(mount or find_cgroup2(), name)
         self._inotify = libc.inotify_init1(libc.IN_NONBLOCK | libc.IN_CLOEXEC)
         self._waiting: dict[int, set[trio.Event]] = {}
+        self._watched: dict[int, str] = {}
 
     def close(self) -> None:
         """Nothing waits any more."""
@@ -78,6 +79,13 @@ class CgroupTree:
             overflow = mask & libc.IN_Q_OVERFLOW  # news was lost: everyone looks again
             for waiting in list(self._waiting.values()) if overflow else [self._waiting.get(watch, set())]:
                 for event in waiting:
+                    event.set()
+
+    def _wake_removed(self, directory: str) -> None:
+        """The kernel's news of a last end is lost with the file, if that goes before the news is out."""
+        for watch, watched in self._watched.items():
+            if watched == directory or watched.startswith(directory + "/"):
+                for event in self._waiting[watch]:
                     event.set()
 
     def path(self, path: str) -> str:
@@ -138,6 +146,7 @@ class CgroupTree:
         event = trio.Event()
         waiting = self._waiting.setdefault(watch, set())
         waiting.add(event)
+        self._watched[watch] = directory
         try:
             while _populated(directory):
                 await event.wait()
@@ -148,7 +157,7 @@ class CgroupTree:
             waiting.discard(event)
             # Another waiter of the same group has the same watch.
             if not waiting and self._waiting.get(watch) is waiting:
-                del self._waiting[watch]
+                del self._waiting[watch], self._watched[watch]
                 with contextlib.suppress(OSError):  # the group is gone, and the watch with it
                     libc.inotify_rm_watch(self._inotify, watch)
 
@@ -166,6 +175,7 @@ class CgroupTree:
                 while (busy := _remove_tree(directory)) is not None:
                     last = busy
                     await trio.sleep(_BUSY_SECONDS)
+                self._wake_removed(directory)
             except OSError as error:
                 raise KernelError.at("cgroup", error) from error
             return

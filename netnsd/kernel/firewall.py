@@ -40,7 +40,9 @@ table ip netnsd {
   # first: another user's socket on the owner's source port would pass as established otherwise.
   chain from_host {
     type filter hook output priority 0;
-    oifname != "%(bridge)s*" accept
+    # Not by oifname: of what publish_local translated it is still "lo" in this hook.
+    ip daddr != %(supernet)s accept
+    fib daddr type local accept
     meta skuid 0 accept
     ip daddr . meta skuid @owners accept
     ct direction original meta skuid 0-4294967295 reject
@@ -50,7 +52,7 @@ table ip netnsd {
   chain translate {
     type nat hook postrouting priority 100;
     ip saddr 127.0.0.0/8 oifname "%(bridge)s*" masquerade
-    ip saddr %(supernet)s oifname != "%(bridge)s*" masquerade
+    ip saddr %(supernet)s oifname != "lo" oifname != "%(bridge)s*" masquerade
   }
 
   # Between environments only pairs that are let; to the outside what they begin; from the outside nothing.
@@ -67,6 +69,8 @@ table ip netnsd {
     ct state invalid drop
     ct state new add @flows { ip saddr ct count over %(flows)d } reject
     oifname "%(bridge)s*" ip saddr . ip daddr @pairs accept
+    # A reset is told at once; the kernel sends a peer about one ICMP error a second (net.ipv4.icmp_ratelimit).
+    oifname "%(bridge)s*" meta l4proto tcp reject with tcp reset
     oifname "%(bridge)s*" reject with icmp type admin-prohibited
     tcp flags syn tcp option maxseg size set rt mtu
   }
@@ -77,6 +81,7 @@ table ip netnsd {
     iifname != "%(bridge)s*" accept
     ct state established,related accept
     icmp type echo-request accept
+    meta l4proto tcp reject with tcp reset
     reject with icmp type admin-prohibited
   }
 }

@@ -25,6 +25,7 @@ if not __package__:  # run as a file, where the rest of netnsd is not to be foun
     sys.path.append(os.path.dirname(os.path.dirname(os.path.dirname(os.path.abspath(__file__)))))
 from netnsd.kernel import _monitor, libc
 from netnsd.kernel._child import Handles, Order, Settings, StageError, exit_code, fork_child
+from netnsd.kernel._hiding import Hiding
 from netnsd.kernel._messages import (
     HEADER,
     MAX_DESCRIPTORS,
@@ -69,9 +70,9 @@ class Pending:
 class Launcher:
     """The loop. Everything in it returns at once."""
 
-    def __init__(self, listener: socket.socket, hidden: list[str]) -> None:
+    def __init__(self, listener: socket.socket, hiding: Hiding) -> None:
         self._listener = listener
-        self._hidden = hidden
+        self._hiding = hiding
         self._settings = Settings()
         self._selector = selectors.DefaultSelector()
         self._daemon: Connection | None = None
@@ -114,6 +115,7 @@ class Launcher:
                 return
             if pid in self._pending:
                 self._pending[pid].code = exit_code(status)
+                self._settle(self._pending[pid])
             elif pid in self._running:
                 self._ended(self._running.pop(pid), exit_code(status))
             # Others are monitors, and orphans of servers: a server that daemonised itself is in its cgroup still.
@@ -213,7 +215,7 @@ class Launcher:
     def _spawn(self, connection: Connection, request: int, _body: dict[str, Any], fds: list[int]) -> None:
         try:
             order = self._decode(fds)
-            hide(self._hidden)
+            self._hiding.refresh()
             pid, report = fork_child(order, Handles(cgroup=fds[0], netns=fds[1], log=fds[2]), self._settings)
         except StageError as error:
             self._refuse(connection, request, error)
@@ -226,7 +228,7 @@ class Launcher:
     def _attach(self, connection: Connection, request: int, _body: dict[str, Any], fds: list[int]) -> None:
         try:
             order = self._decode(fds)
-            hide(self._hidden)
+            self._hiding.refresh()
             if os.fork() == 0:
                 _monitor.run(order, Handles(cgroup=fds[0], netns=fds[1], connection=fds[2]), self._settings)
         except StageError as error:
@@ -253,10 +255,14 @@ class Launcher:
                 pending.data += part
             self._selector.unregister(pending.report)
             os.close(pending.report)
-            del self._pending[pending.pid]
+            pending.report = -1
             self._settle(pending)
 
     def _settle(self, pending: Pending) -> None:
+        """Answer, once all is known: a child that failed must have left its cgroup, so that nothing of it is met."""
+        if pending.report >= 0 or (pending.data and pending.code is None):
+            return
+        del self._pending[pending.pid]
         if pending.data:
             os.close(pending.pidfd)
             failure = StageError.decode(pending.data)
@@ -278,17 +284,6 @@ class Launcher:
 
 
 # -- starting up --------------------------------------------------------------------------------------------------
-
-
-def hide(directories: list[str]) -> None:
-    """Unmount them here. Children copy this mount namespace, and a copied pin keeps a deleted namespace alive.
-
-    Done again before each fork: a directory that became a mount after the launcher's start arrives by propagation.
-    """
-    for directory in directories:
-        with contextlib.suppress(OSError):  # EINVAL: nothing is mounted there, ENOENT: nothing is there
-            while True:
-                libc.umount2(directory, libc.MNT_DETACH)
 
 
 def listen(path: str) -> socket.socket:
@@ -357,14 +352,14 @@ def main() -> int:
     os.chdir("/")
     libc.unshare(libc.CLONE_NEWNS)
     libc.mount(None, "/", None, libc.MS_REC | libc.MS_SLAVE)
-    hide(hidden)
+    hiding = Hiding(hidden)
     if detached:
         detach()
     signal.pthread_sigmask(signal.SIG_SETMASK, ())
     libc.set_process_name("netnsd-launcher")
     libc.prctl(libc.PR_SET_CHILD_SUBREAPER, 1)
     inode = None if given else os.stat(path).st_ino
-    Launcher(listener, hidden).run()
+    Launcher(listener, hiding).run()
     with contextlib.suppress(OSError):
         if os.stat(path).st_ino == inode:
             os.unlink(path)

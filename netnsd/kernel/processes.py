@@ -125,7 +125,7 @@ class LauncherProcesses:
                 os.kill(self._launcher_pid, signal.SIGTERM)
 
     def _order(self, launch: Launch, borrowed: int) -> list[int]:
-        """The descriptors of one start: cgroup.procs, the namespace, the log or connection, and all the rest."""
+        """The descriptors of one start: the cgroup, the namespace, the log or connection, and all the rest."""
         order = {
             "launch_id": launch.launch_id, "argv": launch.argv, "env": launch.env, "cwd": launch.cwd,
             "uid": launch.uid, "gid": launch.gid, "groups": launch.groups, "umask": launch.umask,
@@ -135,7 +135,7 @@ class LauncherProcesses:
         with contextlib.ExitStack() as undo:
             fds: list[int] = []
             for stage, path, flags in (
-                ("cgroup", os.path.join(self._cgroup_root, launch.cgroup, "cgroup.procs"), os.O_WRONLY),
+                ("cgroup", os.path.join(self._cgroup_root, launch.cgroup), os.O_RDONLY | os.O_DIRECTORY),
                 ("setns", os.path.join(NETNS_DIRECTORY, launch.netns), os.O_RDONLY),
             ):
                 try:

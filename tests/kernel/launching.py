@@ -68,8 +68,9 @@ class World:
     async def end_launcher(self) -> None:
         """And wait for its end, whoever its parent is."""
         with trio.fail_after(5):
-            if self.processes.launcher_pid is None:
+            if self._disconnected.is_set():
                 await self.connect()
+            await until(lambda: self.processes.launcher_pid is not None)  # a new one may be on its way
             pid = self.processes.launcher_pid
             assert pid is not None
             handle = os.pidfd_open(pid)

@@ -95,11 +95,11 @@ def read_until(fd: int, text: bytes) -> bytes:
 
 
 async def test_descriptors_pass_straight_through(world: World, client: Client, pipes: Pipes) -> None:
-    script = "read line; echo out $line; echo err >&2; ls /proc/$$/fd | tr '\\n' ' '; hostname; id -u; exit 9"
+    script = "read line; echo out $line; echo err >&2; ls -m /proc/$$/fd; hostname; id -u; exit 9"
     await client.attach(world, world.shell(script, log_fd=None))
     pipes.give_to(client)
     os.write(pipes.stdin, b"hello\n")
-    assert read_until(pipes.stdout, b"12345") == b"out hello\n0 1 2 web\n12345\n"
+    assert read_until(pipes.stdout, b"12345") == b"out hello\n0, 1, 2\nweb\n12345\n"
     assert read_until(pipes.stderr, b"err") == b"err\n"
     assert client.frame() == {"exit": 9}
     assert client.socket.recv(1) == b""

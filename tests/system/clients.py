@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import subprocess
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
+from dataclasses import replace
+from typing import Any, Self
 
 from tests.harness import Daemon, HostNamespace, Snapshot, User, settle
 from tests.harness.host import Place, tool
@@ -65,9 +67,41 @@ def ask(place: Place, kind: str, address: str, port: int, *, user: User | str | 
                      check=True).stdout.strip()
 
 
+class Conversation:
+    """A user's TCP connection from ``place`` that is kept open: what is said comes back. Close it, or use a context."""
+
+    _PROGRAM = """
+import socket, sys
+connection = socket.create_connection((sys.argv[1], int(sys.argv[2])), timeout=3)
+for line in sys.stdin:
+    connection.sendall(line.strip().encode())
+    print(connection.recv(4096).decode(), flush=True)
+"""
+
+    def __init__(self, place: Place, address: str, port: int, *, user: User) -> None:
+        self._process = place.popen([PYTHON, "-c", self._PROGRAM, address, str(port)], user=user, cwd="/",
+                                    stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+
+    def say(self, text: str) -> str:
+        """Say it, and return the answer, or what went wrong."""
+        assert self._process.stdin is not None
+        assert self._process.stdout is not None
+        self._process.stdin.write(text.encode() + b"\n")
+        self._process.stdin.flush()
+        return self._process.stdout.readline().decode().strip()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        assert self._process.stdin is not None
+        self._process.stdin.close()
+        self._process.wait(timeout=5)
+
+
 def pings(place: Place, address: str, *, user: User | str | None = None) -> bool:
-    """Whether ``address`` answers one ICMP echo within a second."""
-    return place.run([tool("ping"), "-c1", "-W1", address], user=user, cwd="/").returncode == 0
+    """Whether ``address`` answers one ICMP echo soon."""
+    return place.run([tool("ping"), "-c1", "-W0.4", address], user=user, cwd="/").returncode == 0
 
 
 def published(environment: Environment, port: int | None = None) -> int:
@@ -82,6 +116,15 @@ def main_of(environment: Environment) -> dict[str, Any]:
     return service
 
 
+def is_gone(pid: int) -> bool:
+    """Whether it ended; who inherited it may be late to wait for it."""
+    try:
+        with open(f"/proc/{pid}/stat", encoding="utf-8", errors="replace") as file:
+            return file.read().rpartition(") ")[2].startswith("Z")
+    except (FileNotFoundError, ProcessLookupError):
+        return True
+
+
 def inside(daemon: Daemon, ref: str, *command: str, user: User | str | None = None, **options: Any) -> str:
     """What a command printed in an environment, which must succeed."""
     return daemon.ctl("exec", ref, *options.pop("flags", ()), "--", *command, user=user, check=True,
@@ -90,9 +133,14 @@ def inside(daemon: Daemon, ref: str, *command: str, user: User | str | None = No
 
 @contextmanager
 def nothing_left(host: HostNamespace, *, seconds: float = 5.0) -> Iterator[None]:
-    """What is on the host afterwards is what was there before."""
-    before = Snapshot.of_host(host)
+    """What is on the host afterwards is what was there before; daemon and launcher may have become others."""
+    def look() -> Snapshot:
+        seen = Snapshot.of_host(host)
+        # Users' own files stay theirs.
+        return replace(seen, files=frozenset(path for path in seen.files if not path.startswith("/run/home/")),
+                       processes=frozenset(line for line in seen.processes if "/run/test/" not in line))
+
+    before = look()
     yield
-    left = settle(before, lambda: Snapshot.of_host(host), seconds=seconds)
-    left = [line for line in left if "/run/home/" not in line]  # users' own files stay theirs
+    left = settle(before, look, seconds=seconds)
     assert left == [], "\n".join(left)

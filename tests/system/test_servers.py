@@ -12,7 +12,7 @@ import pytest
 
 from tests.harness import ALICE, BOB, Daemon, HostNamespace, User, cgroups, wait_until
 from tests.harness.host import tool
-from tests.system.clients import PYTHON, Environment, ask, echo_server, main_of, nothing_left, published
+from tests.system.clients import PYTHON, Environment, ask, echo_server, is_gone, main_of, nothing_left, published
 
 USERS = (ALICE, BOB)
 _INITDB = ["initdb", "--no-sync", "--auth=trust"]
@@ -25,8 +25,8 @@ def _http_page(host: HostNamespace, user: User) -> list[str]:
 
 
 def _node(host: HostNamespace, user: User) -> list[str]:
-    return [tool("node"), "-e", "require('http').createServer((q, a) => a.end(`page of ${process.env.USER}`))"
-                                ".listen(3000, 'localhost')"]
+    program = "require('http').createServer((q, a) => a.end(`page of ${process.env.USER}`)).listen(3000, 'localhost')"
+    return [tool("node"), "-e", program]
 
 
 def _redis(host: HostNamespace, user: User) -> list[str]:
@@ -41,7 +41,9 @@ def _postgres(host: HostNamespace, user: User) -> list[str]:
 
 
 def _nginx(host: HostNamespace, user: User) -> list[str]:
-    home = host.directory(f"{user.home}/nginx", user=user)
+    home = f"{user.home}/nginx"
+    if not host.path(home).exists():
+        host.directory(home, user=user)
     host.write(f"{home}/index.html", f"page of {user}", user=user)
     temporary = "".join(f"{kind}_temp_path {home}/{kind};\n"
                         for kind in ("client_body", "proxy", "fastcgi", "uwsgi", "scgi"))
@@ -149,12 +151,13 @@ def test_a_loopback_server_hears_local_peers_and_a_wildcard_server_the_host(tidy
 
 def test_nginx_that_daemonised_itself_is_running_and_ends_with_rm(tidy_daemon: Daemon) -> None:
     host = tidy_daemon.host
-    command = _nginx_again(host)
+    command = _nginx(host, ALICE)
     with nothing_left(host):
         environment = tidy_daemon.create_json("web", *command, user=ALICE, ports=[80], wait=True)
 
         def adopted() -> bool:
-            return main_of(tidy_daemon.ctl_json("show", "web", user=ALICE))["exit_code"] == 0
+            code: int | None = main_of(tidy_daemon.ctl_json("show", "web", user=ALICE))["exit_code"]
+            return code == 0
 
         wait_until(adopted, what="the end of the first process")
         shown = tidy_daemon.ctl_json("show", "web", user=ALICE)
@@ -166,7 +169,7 @@ def test_nginx_that_daemonised_itself_is_running_and_ends_with_rm(tidy_daemon: D
         assert service["pid"] in pids
         assert _get(host, ALICE, "127.0.0.1", published(environment)) == "page of alice"
         tidy_daemon.ctl("rm", "web", user=ALICE, check=True)
-        assert not any(os.path.exists(f"/proc/{pid}") for pid in pids)
+        assert all(is_gone(pid) for pid in pids)
 
 
 def test_create_wait_fails_with_the_servers_own_end_when_it_ends_first(tidy_daemon: Daemon) -> None:
@@ -184,14 +187,6 @@ def test_create_wait_times_out_and_names_the_silent_port(tidy_daemon: Daemon) ->
     assert done.returncode == 6
     assert "3000/tcp" in done.stderr
     tidy_daemon.ctl("rm", "web", user=ALICE, check=True)
-
-
-def _nginx_again(host: HostNamespace) -> list[str]:
-    """The files may be there from another test."""
-    if host.path(f"{ALICE.home}/nginx").exists():
-        home = f"{ALICE.home}/nginx"
-        return [tool("nginx"), "-e", f"{home}/errors", "-c", f"{home}/nginx.conf"]
-    return _nginx(host, ALICE)
 
 
 def _groups(host: HostNamespace) -> list[str]:

@@ -1,0 +1,65 @@
+"""Namespaces and links that are entries of a dict."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import trio
+
+from netnsd.core.addressing import Slot
+from netnsd.core.interfaces import Listener, Network, Publication
+from netnsd.errors import KernelError, NetnsTaken
+
+
+class FakeNetwork:
+    """Implements ``core.interfaces.Network``. ``foreign`` are namespaces' names that others made."""
+
+    def __init__(self) -> None:
+        self.slots: dict[int, str] = {}
+        self.foreign: set[str] = set()
+        self.furnished: dict[int, tuple[Publication, ...]] = {}
+        self.heard: dict[int, set[Listener]] = {}
+
+    async def wire(self, slot: Slot, netns: str) -> None:
+        await trio.lowlevel.checkpoint()
+        if self.is_taken(netns):
+            raise NetnsTaken(f"the namespace {netns!r} was made by somebody else meanwhile", netns=netns)
+        self.slots[slot.index] = netns
+
+    async def furnish(self, slot: Slot, publications: Sequence[Publication]) -> None:
+        await trio.lowlevel.checkpoint()
+        self._require(slot, "furnish")
+        self.furnished.setdefault(slot.index, tuple(publications))
+
+    async def unwire(self, slots: Sequence[tuple[Slot, str]]) -> None:
+        await trio.lowlevel.checkpoint()
+        for slot, _netns in slots:
+            for held in (self.slots, self.furnished, self.heard):
+                held.pop(slot.index, None)
+
+    async def observe(self) -> set[int]:
+        await trio.lowlevel.checkpoint()
+        return set(self.slots)
+
+    async def intact(self, slot: Slot, netns: str) -> bool:
+        await trio.lowlevel.checkpoint()
+        return self.slots.get(slot.index) == netns
+
+    async def listeners(self, slot: Slot) -> frozenset[Listener]:
+        await trio.lowlevel.checkpoint()
+        self._require(slot, "listeners")
+        return frozenset(self.heard.get(slot.index, ()))
+
+    def is_taken(self, netns: str) -> bool:
+        return netns in self.foreign or netns in self.slots.values()
+
+    def listen(self, slot: Slot, protocol: str, port: int, address: str = "0.0.0.0") -> None:
+        """Be a server inside."""
+        self.heard.setdefault(slot.index, set()).add(Listener(protocol, address, port))
+
+    def _require(self, slot: Slot, stage: str) -> None:
+        if slot.index not in self.slots:
+            raise KernelError.at(stage, FileNotFoundError(2, ""))
+
+
+_: type[Network] = FakeNetwork

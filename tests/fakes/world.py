@@ -1,0 +1,118 @@
+"""A whole service on fakes, with the real state file."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from pathlib import Path
+from typing import Any
+
+import trio
+
+from netnsd import wire
+from netnsd.core.actor import Actor
+from netnsd.core.addressing import Plan
+from netnsd.core.environments import Adapters, Environments
+from netnsd.core.registry import Settings
+from netnsd.store import SqliteStore
+from tests.fakes.faults import Faults
+from tests.fakes.files import FakeClock, FakeFiles
+from tests.fakes.firewall import FakeFirewall
+from tests.fakes.network import FakeNetwork
+from tests.fakes.processes import FakeCgroups, FakeProcesses
+
+
+def actor(uid: int, user: str, *, is_admin: bool = False) -> Actor:
+    """Somebody who calls."""
+    return Actor(uid=uid, gid=uid, groups=(uid, 100), user=user, home=f"/home/{user}", shell="/bin/sh",
+                 is_admin=is_admin)
+
+
+ALICE, BOB = actor(1001, "alice"), actor(1002, "bob")
+CAROL, ROOT = actor(1003, "carol", is_admin=True), actor(0, "root", is_admin=True)
+
+
+class World:
+    """``environments`` on fakes. Nothing works before ``running`` is entered; that may be done again, as a restart.
+
+    Args:
+        directory: of the state file.
+        published_range: inclusive.
+    """
+
+    def __init__(self, directory: Path, *, supernet: str = "10.9.0.0/24", bridge_ports: int = 29,
+                 published_range: tuple[int, int] = (20000, 20009), allow_setuid: bool = True,
+                 boot_id: str = "this boot") -> None:
+        self.directory = directory
+        self.plan = Plan(supernet, bridge_ports)
+        self.settings = Settings(published_range, allow_setuid, boot_id)
+        self.faults = Faults()
+        self.network, self.firewall, self.cgroups = FakeNetwork(), FakeFirewall(), FakeCgroups()
+        self.processes, self.files, self.clock = FakeProcesses(self.cgroups), FakeFiles(), FakeClock()
+        self.events: list[tuple[str, str, dict[str, Any]]] = []
+        self.store: SqliteStore
+        self.environments: Environments
+
+    @asynccontextmanager
+    async def running(self) -> AsyncIterator[Environments]:
+        """One run of the daemon; its end is that of a daemon that was killed: nothing is tidied."""
+        self.store = SqliteStore(self.directory, self.plan)
+        try:
+            wrap = self.faults.wrap
+            adapters = Adapters(
+                wrap(self.network, "network"), wrap(self.firewall, "firewall"), wrap(self.processes, "processes"),
+                wrap(self.cgroups, "cgroups"), wrap(self.store, "store"), wrap(self.files, "files"), self.clock)
+            self.processes.restart_daemon()
+            self.environments = Environments(adapters, self.plan, self.settings, self._emit)
+            async with trio.open_nursery() as nursery:
+                await nursery.start(self.environments.run)
+                yield self.environments
+                nursery.cancel_scope.cancel()
+        finally:
+            self.store.close()
+
+    def held(self) -> dict[str, Any]:
+        """Everything that exists of environments, by where it is; what is empty is left out."""
+        registry = self.environments.registry
+        found: dict[str, Any] = {
+            "rows": [e.id for e in self.store.environments()],
+            "registry": [e.id for e in registry.all()],
+            "slots": self.plan.slots - registry.addresses_free,
+            "ports": registry.published,
+            "namespaces": dict(self.network.slots),
+            "furnished": dict(self.network.furnished),
+            "owners": set(self.firewall.owners),
+            "published": dict(self.firewall.published),
+            "cgroups": sorted(self.cgroups.groups),
+            "processes": dict(self.processes.running),
+            "files": self.files.observe(),
+            "logs": [fd for fd in self.files.descriptors if _is_open(fd)],
+            "launches": dict(self.environments._supervisor._launches),
+            "early": dict(self.environments._supervisor._early),
+            "furnished ids": set(self.environments._furnished),
+            "locks": dict(self.environments._locks),
+        }
+        return {name: value for name, value in found.items() if value}
+
+    def kinds(self) -> list[str]:
+        """The kinds of events so far."""
+        return [kind for kind, _name, _details in self.events]
+
+    def _emit(self, kind: str, uid: int, environment: str, name: str, **details: Any) -> None:
+        self.events.append((kind, name, {"uid": uid, "environment": environment, **details}))
+
+
+def request(name: str = "web", *commands: str, ports: int = 0, **fields: Any) -> wire.CreateRequest:
+    """A creation with one service per command, and so many ports."""
+    services = [wire.ServiceRequest(name=f"s{number}", command=[command]) for number, command in enumerate(commands)]
+    return wire.CreateRequest(**{
+        "name": name, "services": services or None,
+        "ports": [wire.PortRequest(port=3000 + number) for number in range(ports)], **fields})
+
+
+def _is_open(fd: int) -> bool:
+    try:
+        return os.readlink(f"/proc/self/fd/{fd}").startswith("/memfd:")
+    except FileNotFoundError:
+        return False
