@@ -5,6 +5,7 @@ The caller's identity is taken before any byte is parsed. Connections are counte
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import socket
 from collections import Counter
@@ -15,12 +16,14 @@ import structlog
 import trio
 from hypercorn.app_wrappers import ASGIWrapper
 from hypercorn.config import Config
+from hypercorn.events import Event, Updated
 from hypercorn.trio.tcp_server import TCPServer
 from hypercorn.trio.worker_context import WorkerContext
 from hypercorn.typing import ConnectionState, LifespanState
 
+from netnsd import __version__
 from netnsd.api import peer, problems
-from netnsd.api.stream import HEAD_BYTES, GuardedStream
+from netnsd.api.stream import HEAD_BYTES, REFUSED_METHOD, GuardedStream, close
 from netnsd.core.actor import Actor
 from netnsd.errors import TooManyConnections
 
@@ -64,13 +67,17 @@ class Gate:
     async def _admit(self, connection: trio.socket.SocketType, handler: Handler, refused: bytes) -> None:
         try:
             actor = await peer.actor_of(connection, self._admin_group)
-        except OSError:
-            connection.close()  # gone before it was known
-            return
+        except BaseException as error:
+            close(connection, filters_descriptors=False)  # this side does not know better
+            if isinstance(error, OSError):  # gone before it was known
+                return
+            raise
         if self._open[actor.uid] >= self._most and actor.uid != 0:
-            with connection, trio.move_on_after(1.0):
-                if refused:
+            try:
+                with trio.move_on_after(1.0), contextlib.suppress(OSError):  # it may be gone already
                     await connection.send(refused)
+            finally:
+                close(connection, filters_descriptors=False)
             return
         self._open[actor.uid] += 1
         try:
@@ -92,7 +99,7 @@ class HttpServer:
         self._config.include_date_header = False
         self._config.errorlog = None
         self._config.accesslog = None
-        self._wrapper = ASGIWrapper(app)
+        self._wrapper = ASGIWrapper(_refusing(app))
         self._context = WorkerContext(None)
         self._filters = filters_descriptors
         self._streams: set[GuardedStream] = set()
@@ -105,13 +112,15 @@ class HttpServer:
 
     async def handle(self, connection: trio.socket.SocketType, actor: Actor) -> None:
         """Serve one connection to its end."""
-        stream = GuardedStream(connection, filters_descriptors=self._filters, answer=problems.response_of)
-        state = ConnectionState(LifespanState({"actor": actor, "stopping": lambda: self._stopping}))
+        stream = GuardedStream(connection, filters_descriptors=self._filters)
+        state = ConnectionState(LifespanState({"actor": actor, "stopping": lambda: self._stopping,
+                                               "refusal": lambda: stream.refusal}))
         self._streams.add(stream)
         try:
-            await TCPServer(self._wrapper, self._config, self._context, state, stream)  # type: ignore[arg-type]
+            await _Connection(self._wrapper, self._config, self._context, state, stream)  # type: ignore[arg-type]
         finally:
             self._streams.discard(stream)
+            close(connection, filters_descriptors=self._filters)  # hypercorn does not when it is cancelled
 
     async def stop(self, grace_seconds: float) -> None:
         """Refuse new requests, let running ones end for ``grace_seconds``, then shut what is left.
@@ -125,3 +134,34 @@ class HttpServer:
                 await trio.sleep(0.02)
         for stream in list(self._streams):
             stream.shut()
+
+
+class _Connection(TCPServer):
+    """hypercorn's, which would wait for the end of the keep-alive time when the client has left."""
+
+    _left = False
+
+    async def _read_data(self) -> None:
+        await super()._read_data()
+        self._left = True
+        await self.idle_task.stop()
+
+    async def protocol_send(self, event: Event) -> None:
+        if not (self._left and isinstance(event, Updated)):
+            await super().protocol_send(event)
+
+
+def _refusing(app: Any) -> Any:
+    """The application, and the answers to requests that the guard refused."""
+    async def refusing(scope: Any, receive: Any, send: Any) -> None:
+        if scope.get("method") != REFUSED_METHOD:
+            await app(scope, receive, send)
+            return
+        error = scope["state"]["refusal"]()
+        body = problems.body_of(error)
+        await send({"type": "http.response.start", "status": error.status, "headers": [
+            (b"content-type", b"application/json"), (b"content-length", str(len(body)).encode()),
+            (problems.VERSION_HEADER.encode(), __version__.encode())]})
+        await send({"type": "http.response.body", "body": body})
+
+    return refusing

@@ -14,7 +14,6 @@ import os
 import re
 import socket
 import threading
-from collections.abc import Callable
 
 import trio
 
@@ -25,6 +24,9 @@ HEAD_SECONDS = 10.0
 _MOST_DESCRIPTORS = 253  # SCM_MAX_FD, net/core/scm.c
 _REQUEST_LINE = re.compile(rb"[A-Z]{1,16} [\x21-\x7e]{1,8192} HTTP/1\.[01]\Z")
 _FIELD = re.compile(rb"([!#$%&'*+.^_`|~0-9A-Za-z-]+):([\x20-\x7e\x80-\xff\t]*)\Z")
+# No client can send this method. The HTTP library answers a refused request when its turn has come.
+REFUSED_METHOD = "REFUSED-"
+_REFUSED_REQUEST = f"{REFUSED_METHOD} / HTTP/1.1\r\nHost: netnsd\r\nConnection: close\r\n\r\n".encode()
 _REFUSED_FIELDS = {b"transfer-encoding": "Send Content-Length instead.", b"upgrade": "Speak plain HTTP/1.1."}
 
 
@@ -34,22 +36,24 @@ class GuardedStream:
     Args:
         connection: a connected stream socket, owned.
         filters_descriptors: whether the kernel refuses descriptors on it already.
-        answer: makes a whole HTTP response from an error.
     """
 
-    def __init__(self, connection: trio.socket.SocketType, *, filters_descriptors: bool,
-                 answer: Callable[[NetnsdError], bytes]) -> None:
+    def __init__(self, connection: trio.socket.SocketType, *, filters_descriptors: bool) -> None:
         self.socket = connection
+        self.refusal: NetnsdError | None = None
         self._filters = filters_descriptors
-        self._answer = answer
         self._stream = trio.SocketStream(connection)
         self._buffer = b""
         self._body_left = 0
-        self._refused = False
+        self._closed = trio.Event()
 
     async def receive_some(self, max_bytes: int) -> bytes:
-        """Bytes of checked requests; b"" at the end, and after a request that was refused."""
-        if self._refused:
+        """Bytes of checked requests; b"" at the end. ``_REFUSED_REQUEST`` stands for one that is refused, and is last.
+
+        ``refusal`` is its error then.
+        """
+        if self.refusal is not None:
+            await self._closed.wait()
             return b""
         if self._body_left:
             data = self._buffer or await self._receive(max_bytes)
@@ -59,9 +63,8 @@ class GuardedStream:
         try:
             return await self._head(max_bytes)
         except NetnsdError as error:
-            self._refused = True
-            await self._stream.send_all(self._answer(error))
-            return b""
+            self.refusal = error
+            return _REFUSED_REQUEST
 
     async def send_all(self, data: bytes) -> None:
         """Send bytes."""
@@ -74,6 +77,7 @@ class GuardedStream:
     async def aclose(self) -> None:
         """Close the socket."""
         close(self.socket, filters_descriptors=self._filters)
+        self._closed.set()
         await trio.lowlevel.checkpoint()
 
     def shut(self) -> None:
@@ -146,6 +150,7 @@ def _body_length(head: bytes) -> int:
     if not _REQUEST_LINE.match(lines[0]):
         raise BadRequest("the first line is not METHOD PATH HTTP/1.1", hint="Use an HTTP/1.1 client.")
     lengths: list[bytes] = []
+    hosts = 0
     for line in lines[1:]:
         field = _FIELD.match(line)
         if field is None:
@@ -153,10 +158,13 @@ def _body_length(head: bytes) -> int:
         name = field[1].lower()
         if name in _REFUSED_FIELDS:
             raise BadRequest(f"the header {name.decode()} is not accepted", hint=_REFUSED_FIELDS[name])
+        hosts += name == b"host"
         if name == b"content-length":
             lengths.append(field[2].strip(b" \t"))
     if len(lengths) > 1 or not all(re.fullmatch(rb"[0-9]{1,12}", length) for length in lengths):
         raise BadRequest("Content-Length is malformed or given twice", hint="Send it once, in decimal.")
+    if hosts > 1 or (not hosts and lines[0].endswith(b"1.1")):
+        raise BadRequest("the header host is missing or given twice", hint="Send it once.")
     return int(lengths[0]) if lengths else 0
 
 

@@ -19,6 +19,7 @@ from netnsd.core.addressing import BRIDGE_PREFIX, Bridge
 from netnsd.kernel.rtnetlink import LINK_ALIAS, LINK_GROUP
 
 _SYSCTL = Path("/proc/sys/net/ipv4")
+_IPV6 = Path("/proc/sys/net/ipv6")
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,6 +66,9 @@ class Bridges:
         _write(settings / "route_localnet", "1")
         _write(settings / "forwarding", "1")
         _write(settings / "send_redirects", "0")
+        # The rules are IPv4's: no environment may reach the host by the bridge's link-local address.
+        if _IPV6.exists():
+            _write(_IPV6 / "conf" / bridge.name / "disable_ipv6", "1")
         self._present.add(bridge.ifindex)
 
     def remove(self) -> None:

@@ -231,6 +231,9 @@ def _make_mount(directory: Path, propagation: int) -> None:
         if error.errno != errno.EINVAL:
             raise
         libc.mount(str(directory), str(directory), None, libc.MS_BIND | libc.MS_REC)
+        # Private first: a directory bound on itself stays in its parent's peer group, and every pin would appear
+        # twice, once underneath.
+        libc.mount(None, str(directory), None, libc.MS_PRIVATE | libc.MS_REC)
         libc.mount(None, str(directory), None, propagation | libc.MS_REC)
 
 
