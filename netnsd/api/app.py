@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
 import uuid
-from collections.abc import AsyncIterator
 from typing import Any
 
 import msgspec
@@ -14,6 +14,7 @@ from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect, Request
 from starlette.responses import Response, StreamingResponse
 from starlette.routing import Route as StarletteRoute
+from starlette.types import Send
 
 from netnsd import __version__
 from netnsd.api import json_body, openapi, problems
@@ -43,11 +44,20 @@ def application(context: Context) -> Starlette:
     async def openapi_json(_request: Request) -> Response:
         return Response(document, media_type="application/json", headers=_HEADERS)
 
-    return Starlette(
+    app = Starlette(
         routes=[StarletteRoute("/openapi.json", openapi_json, methods=["GET"]),
-                *(StarletteRoute(route.path, _Endpoint(route, context), methods=[route.method]) for route in ROUTES)],
+                *(_row(route, context) for route in ROUTES)],
         exception_handlers={HTTPException: _unrouted},
     )
+    app.router.redirect_slashes = False  # a path with a slash too many is another path, and an error
+    return app
+
+
+def _row(route: Route, context: Context) -> StarletteRoute:
+    row = StarletteRoute(route.path, _Endpoint(route, context), methods=[route.method])
+    if route.answer is None and row.methods is not None:
+        row.methods.discard("HEAD")  # a stream without its body would go on unseen
+    return row
 
 
 class _Endpoint:
@@ -85,7 +95,7 @@ class _Endpoint:
         call = Call(self._context, request.state.actor, request.path_params.get("ref", ""), query, body)
         answer = await self._route.handler(call)
         if self._route.answer is None:
-            return StreamingResponse(_closing(answer), media_type=self._route.content_type, headers=_HEADERS)
+            return _Stream(answer, media_type=self._route.content_type, headers=_HEADERS)
         return Response(_encode(answer), self._route.status, media_type="application/json", headers=_HEADERS)
 
 
@@ -98,13 +108,12 @@ async def _body(request: Request) -> bytes:
     raise RequestTimeout(f"the body took more than {BODY_SECONDS:g} s", hint="Send it at once.")
 
 
-async def _closing(stream: AsyncIterator[bytes]) -> AsyncIterator[bytes]:
-    """Close an asynchronous generator in the task that read it, however reading ended."""
-    try:
-        async for part in stream:
-            yield part
-    finally:
-        await stream.aclose()  # type: ignore[attr-defined]
+class _Stream(StreamingResponse):
+    """Closes its asynchronous generator in the task that reads it, however reading ends."""
+
+    async def stream_response(self, send: Send) -> None:
+        async with contextlib.aclosing(self.body_iterator):  # type: ignore[type-var]
+            await super().stream_response(send)
 
 
 def _problem(error: NetnsdError) -> Response:

@@ -20,7 +20,7 @@ def parse(body: bytes, kind: type[T]) -> T:
         InvalidRequest: a field unknown, missing, or of the wrong type.
     """
     try:
-        tree = json.loads(body or b"{}", object_pairs_hook=_object, parse_constant=_constant)
+        tree = json.loads((body or b"{}").decode(), object_pairs_hook=_object, parse_constant=_constant)
         if b"\\u" in body:
             json.dumps(tree, ensure_ascii=False).encode()  # a lone surrogate cannot be encoded
     except RecursionError as error:

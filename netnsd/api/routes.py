@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import enum
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -37,7 +38,7 @@ class Context:
     doctor: Callable[[], Awaitable[wire.Doctor]]
     log_path: Callable[[str, str], str]
     read_log: Callable[[str, int | None, Callable[[], bool] | None], AsyncIterator[bytes]]
-    follow_events: Callable[[Callable[[int], bool], int], AsyncIterator[wire.Event]]
+    follow_events: Callable[[Callable[[int], bool], int], AsyncGenerator[wire.Event, None]]
 
 
 @dataclass(frozen=True, slots=True)
@@ -93,6 +94,10 @@ class Route:
 
 class Nothing(wire.Answer, frozen=True, kw_only=True):
     """``{}``."""
+
+
+class NoFields(wire.Request, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """``{}``, as a request."""
 
 
 async def _list(call: Call) -> wire.EnvironmentList:
@@ -178,8 +183,9 @@ async def _events(call: Call) -> AsyncIterator[bytes]:
     encode = msgspec.json.Encoder().encode
 
     async def lines() -> AsyncIterator[bytes]:
-        async for event in call.context.follow_events(call.actor.may_see, int(after)):
-            yield encode(event) + b"\n"
+        async with contextlib.aclosing(call.context.follow_events(call.actor.may_see, int(after))) as events:
+            async for event in events:
+                yield encode(event) + b"\n"
 
     return lines()
 
@@ -205,7 +211,7 @@ ROUTES: tuple[Route, ...] = (
     Route("GET", _REF, Permission.OWNER, _show, "Show one environment", wire.Environment),
     Route("DELETE", _REF, Permission.OWNER, _remove, "Remove an environment; it is gone with the answer", Nothing),
     Route("POST", _REF + "/start", Permission.OWNER, _start, "Start services that do not run", wire.Environment,
-          body=Nothing),
+          body=NoFields),
     Route("POST", _REF + "/stop", Permission.OWNER, _stop, "Stop its services", wire.Environment,
           body=wire.StopRequest),
     Route("POST", _REF + "/restart", Permission.OWNER, _restart, "Stop and start its services", wire.Environment,

@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import errno
 import socket
+import sys
 from collections import Counter
 from collections.abc import Awaitable, Callable
 from typing import Any
@@ -94,6 +95,7 @@ class HttpServer:
     def __init__(self, app: Any, *, filters_descriptors: bool) -> None:
         self._config = Config()
         self._config.keep_alive_timeout = _KEEP_ALIVE_SECONDS
+        self._config.keep_alive_max_requests = sys.maxsize
         self._config.h11_max_incomplete_size = 2 * HEAD_BYTES
         self._config.include_server_header = False
         self._config.include_date_header = False
@@ -137,9 +139,17 @@ class HttpServer:
 
 
 class _Connection(TCPServer):
-    """hypercorn's, which would wait for the end of the keep-alive time when the client has left."""
+    """hypercorn's, which would go on after its client has left.
+
+    It waits for the end of the keep-alive time, and for ever where a request waits for its turn behind an answer that
+    could not be sent.
+    """
 
     _left = False
+
+    async def run(self) -> None:
+        with trio.CancelScope() as self.scope:
+            await super().run()
 
     async def _read_data(self) -> None:
         await super()._read_data()
@@ -149,6 +159,8 @@ class _Connection(TCPServer):
     async def protocol_send(self, event: Event) -> None:
         if not (self._left and isinstance(event, Updated)):
             await super().protocol_send(event)
+        if self.stream.broken:  # type: ignore[attr-defined]
+            self.scope.cancel()
 
 
 def _refusing(app: Any) -> Any:

@@ -41,6 +41,7 @@ class GuardedStream:
     def __init__(self, connection: trio.socket.SocketType, *, filters_descriptors: bool) -> None:
         self.socket = connection
         self.refusal: NetnsdError | None = None
+        self.broken = False
         self._filters = filters_descriptors
         self._stream = trio.SocketStream(connection)
         self._buffer = b""
@@ -68,7 +69,11 @@ class GuardedStream:
 
     async def send_all(self, data: bytes) -> None:
         """Send bytes."""
-        await self._stream.send_all(data)
+        try:
+            await self._stream.send_all(data)
+        except (trio.BrokenResourceError, trio.ClosedResourceError):
+            self.broken = True
+            raise
 
     async def send_eof(self) -> None:
         """Send no more."""
@@ -118,7 +123,8 @@ async def receive(connection: trio.socket.SocketType, max_bytes: int, *, filters
     """Read bytes; descriptors that come with them are closed in a thread of their own. Raises OSError."""
     if filters_descriptors:
         return await connection.recv(max_bytes)
-    data, ancillary, _flags, _address = await connection.recvmsg(max_bytes, socket.CMSG_SPACE(_MOST_DESCRIPTORS * 4))
+    data, ancillary, _flags, _address = await connection.recvmsg(
+        max_bytes, socket.CMSG_SPACE(_MOST_DESCRIPTORS * 4), socket.MSG_CMSG_CLOEXEC)
     descriptors = array.array("i")
     for level, kind, payload in ancillary:
         if level == socket.SOL_SOCKET and kind == socket.SCM_RIGHTS:

@@ -125,9 +125,37 @@ def host_forwards() -> bool:
     return (_SYSCTL / "ip_forward").read_text().strip() == "1"
 
 
-def switch_forwarding_on(interface: str) -> None:
-    """Let what arrives by ``interface`` be forwarded; the firewall decides what is."""
-    _write(_SYSCTL / "conf" / interface / "forwarding", "1")
+class Forwarding:
+    """Forwarding of what arrives by single interfaces; the firewall decides what is forwarded.
+
+    Args:
+        record: a file that remembers, over restarts, what was off before.
+    """
+
+    def __init__(self, record: Path) -> None:
+        self._record = record
+
+    def switch_on(self, interfaces: list[str]) -> None:
+        """Switch it on, and remember where it was off."""
+        changed = [name for name in interfaces if _forwarding_of(name).read_text().strip() == "0"]
+        if changed:
+            before = self._record.read_text() if self._record.exists() else ""
+            self._record.write_text(before + "".join(f"{name}\n" for name in changed))
+        for name in changed:
+            _write(_forwarding_of(name), "1")
+
+    def switch_back(self) -> None:
+        """Switch it off where it was off before."""
+        if not self._record.exists():
+            return
+        for name in self._record.read_text().split():
+            with contextlib.suppress(FileNotFoundError):
+                _write(_forwarding_of(name), "0")
+        self._record.unlink()
+
+
+def _forwarding_of(interface: str) -> Path:
+    return _SYSCTL / "conf" / interface / "forwarding"
 
 
 def _links() -> list:  # type: ignore[type-arg]

@@ -96,17 +96,21 @@ class NftFirewall:
         thread: does everything; shared with the network.
         supernet: all environments' addresses, in CIDR form.
         flows_per_address: connections of one environment that the host tracks at once.
+        forwarding: is switched on for the uplinks once the rules are there.
     """
 
-    def __init__(self, thread: NamespaceThread, supernet: str, flows_per_address: int) -> None:
+    def __init__(self, thread: NamespaceThread, supernet: str, flows_per_address: int,
+                 forwarding: bridges.Forwarding) -> None:
         self._thread = thread
         self._supernet = supernet
         self._flows = flows_per_address
         self._nft: Nft | None = None
         self._loaded = ""
+        self._uplinks: list[str] = []
+        self._forwarding = forwarding
 
     async def start(self) -> None:
-        """Open nftables in the host's namespace, and switch forwarding on for the uplinks."""
+        """Open nftables in the host's namespace."""
         await self._thread.run(self._start, Priority.CREATE)
 
     async def stop(self, *, remove: bool) -> None:
@@ -134,11 +138,10 @@ class NftFirewall:
 
     def _start(self) -> None:
         self._nft = Nft()
-        for interface in bridges.uplinks():
-            bridges.switch_forwarding_on(interface)
 
     def _stop(self, *, remove: bool) -> None:
         if remove:
+            self._forwarding.switch_back()
             self._run(_REPLACE)
         if self._nft is not None:
             self._nft.close()
@@ -164,12 +167,14 @@ class NftFirewall:
                         raise
 
     def _restore(self, openings: Sequence[Opening]) -> bool:
-        if self._loaded and self._listing() == self._loaded and self._present() == _present(openings):
+        # A host that forwards anyway is let; where only netnsd needs it, it must not become a router between uplinks.
+        uplinks = [] if bridges.host_forwards() else bridges.uplinks()
+        is_right = self._loaded and self._listing() == self._loaded and uplinks == self._uplinks
+        if is_right and self._present() == _present(openings):
             return False
-        # Switching forwarding on for an uplink alone must not make the host a router between its uplinks.
-        alone = [] if bridges.host_forwards() else bridges.uplinks()
-        self._run(_REPLACE + rules(supernet=self._supernet, flows=self._flows, openings=openings, uplinks=alone))
-        self._loaded = self._listing()
+        self._run(_REPLACE + rules(supernet=self._supernet, flows=self._flows, openings=openings, uplinks=uplinks))
+        self._loaded, self._uplinks = self._listing(), uplinks
+        self._forwarding.switch_on(uplinks)
         return True
 
     def _listing(self) -> str:

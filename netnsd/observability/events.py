@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncGenerator, Callable
 from typing import Any
 
 import trio
@@ -40,7 +40,7 @@ class EventLog:
                 follower.close()
                 self._followers.discard(follower)
 
-    async def follow(self, may_see: Callable[[int], bool], after: int) -> AsyncIterator[wire.Event]:
+    async def follow(self, may_see: Callable[[int], bool], after: int) -> AsyncGenerator[wire.Event, None]:
         """Remembered events later than number ``after`` that the follower may see, then new ones, for ever."""
         send, receive = trio.open_memory_channel[tuple[int, wire.Event]](_FOLLOWER_BACKLOG)
         past = list(self._past)

@@ -29,11 +29,15 @@ class Plan:
 
 @dataclass(slots=True)
 class Faults:
-    """Counts steps while ``armed``; ``steps`` has their names, such as ``network.wire``."""
+    """Counts steps while ``armed``; ``steps`` has their names, such as ``network.wire``.
+
+    Steps in ``broken`` fail always, as their protocol says.
+    """
 
     steps: list[str] = field(default_factory=list)
     armed: bool = False
     plan: Plan | None = None
+    broken: set[str] = field(default_factory=set)
 
     def wrap(self, adapter: Any, name: str) -> Any:
         """``adapter`` with each of its calls a step."""
@@ -64,6 +68,8 @@ class Faults:
 
     def enter(self, step: str) -> Callable[[], None] | None:
         """A step begins; returns what it is to do when it is done."""
+        if step in self.broken:
+            failing(step)
         if not self.armed:
             return None
         self.steps.append(step)

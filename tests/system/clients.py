@@ -55,13 +55,13 @@ def echo_server(name: str, port: int, address: str = "127.0.0.1") -> list[str]:
     return [PYTHON, "-c", ECHO, name, address, str(port)]
 
 
-def asking(kind: str, address: str, port: int, *, source: str = "", seconds: float = 1.0) -> list[str]:
+def asking(kind: str, address: str, port: int, *, source: str = "", seconds: float = 3.0) -> list[str]:
     """A command that says hello to ``address``:``port`` and prints the answer, an errno's name, or TIMEOUT."""
     return [PYTHON, "-c", _ASK, kind, address, str(port), source, str(seconds)]
 
 
 def ask(place: Place, kind: str, address: str, port: int, *, user: User | str | None = None,
-        source: str = "", seconds: float = 1.0) -> str:
+        source: str = "", seconds: float = 3.0) -> str:
     """Say hello by ``kind`` (tcp, udp) from ``place``; the answer, an errno's name, or TIMEOUT."""
     return place.run(asking(kind, address, port, source=source, seconds=seconds), user=user, cwd="/",
                      check=True).stdout.strip()
@@ -99,9 +99,9 @@ for line in sys.stdin:
         self._process.wait(timeout=5)
 
 
-def pings(place: Place, address: str, *, user: User | str | None = None) -> bool:
-    """Whether ``address`` answers one ICMP echo soon."""
-    return place.run([tool("ping"), "-c1", "-W0.4", address], user=user, cwd="/").returncode == 0
+def pings(place: Place, address: str, *, user: User | str | None = None, seconds: float = 3.0) -> bool:
+    """Whether ``address`` answers one ICMP echo in time."""
+    return place.run([tool("ping"), "-c1", f"-W{seconds:g}", address], user=user, cwd="/").returncode == 0
 
 
 def published(environment: Environment, port: int | None = None) -> int:

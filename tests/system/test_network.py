@@ -117,7 +117,7 @@ def test_not_even_root_inside_reaches_a_neighbour_past_the_hosts_rules(
         host: HostNamespace, web: Environment, other: Environment) -> None:
     place = _network_of(host, web)
     place.run(["ip", "route", "add", f"{other['address']}/32", "dev", "eth0"], check=True)
-    assert not pings(place, other["address"])
+    assert not pings(place, other["address"], seconds=0.4)
     assert ask(place, "tcp", other["address"], 3000, seconds=0.3) in {"TIMEOUT", "EHOSTUNREACH"}
 
 
@@ -146,7 +146,7 @@ def test_environments_do_not_reach_each_other(tidy_daemon: Daemon, web: Environm
                     # Where nothing is forwarded, packets to a neighbour end before the rules.
                     fine = FIREWALLED[kind] if forwards else REFUSED | {"TIMEOUT"}
                     assert answer in fine, (kind, address, port)
-                assert not pings(place, target["address"], user=user)
+                assert not pings(place, target["address"], user=user, seconds=0.4)
         for target, user in ((web, ALICE), (other, BOB), (sibling, ALICE)):
             name = target["name"]
             assert ask(host, "tcp", target["address"], 3000, user=user) == f"{name} heard hello"
@@ -178,7 +178,7 @@ def test_an_environment_reaches_the_network_outside_as_the_host(
         assert ask(place, "udp", HostNamespace.OUTSIDE_ADDRESS, 7000, user=ALICE) == "host heard"
         assert server.stdout.readline() == f"{HostNamespace.ADDRESS}\n".encode()
         assert pings(place, HostNamespace.OUTSIDE_ADDRESS, user=ALICE)
-        assert inside(tidy_daemon, "web", "ping", "-c1", "-W1", HostNamespace.OUTSIDE_ADDRESS, user=ALICE)
+        assert inside(tidy_daemon, "web", "ping", "-c1", "-W3", HostNamespace.OUTSIDE_ADDRESS, user=ALICE)
     finally:
         _set(host, "net.bridge.bridge-nf-call-iptables", 0)
         for process in (server, echo):
@@ -192,7 +192,7 @@ def test_the_network_outside_reaches_no_environment(host: HostNamespace, web: En
     outside.run(["ip", "route", "replace", f"{web['address']}/32", "via", HostNamespace.ADDRESS], check=True)
     for kind, port in (("tcp", 3000), ("udp", 3000)):
         assert ask(outside, kind, web["address"], port, seconds=0.3) in REFUSED | {"TIMEOUT"}
-    assert not pings(outside, web["address"])
+    assert not pings(outside, web["address"], seconds=0.4)
     for kind, port in (("tcp", _tcp(web)), ("udp", _udp(web))):
         assert ask(outside, kind, HostNamespace.ADDRESS, port) == "ECONNREFUSED", "published on loopback only"
 
@@ -256,13 +256,13 @@ def test_other_users_are_refused_by_port_and_by_address(
     for kind, port in (("tcp", _tcp(web)), ("udp", _udp(web))):
         assert ask(host, kind, "127.0.0.1", port, user=who) in REFUSED
         assert ask(host, kind, web["address"], 3000, user=who) in REFUSED
-    assert not pings(host, web["address"], user=who)
+    assert not pings(host, web["address"], user=who, seconds=0.4)
 
 
 def test_a_user_does_not_slip_in_on_the_source_port_of_the_owners_conversation(
         host: HostNamespace, web: Environment) -> None:
     program = ("import socket, sys\n"
-               "s = socket.socket(socket.AF_INET, socket.SOCK_DGRAM)\ns.settimeout(1)\ns.bind(('', 45454))\n"
+               "s = socket.socket(socket.AF_INET, socket.SOCK_DGRAM)\ns.settimeout(3)\ns.bind(('', 45454))\n"
                "s.connect((sys.argv[1], 3000))\n"
                "try:\n    s.send(b'hi'); print(s.recv(99).decode())\nexcept OSError:\n    print('refused')\n")
     said = [host.run([PYTHON, "-c", program, web["address"]], user=user, check=True).stdout.strip()
@@ -321,7 +321,7 @@ def test_a_user_binds_any_port_and_pings_inside(tidy_daemon: Daemon, web: Enviro
     bind = "import socket; [socket.create_server(('', p)) for p in (1, 80, 443)]; print('bound')"
     assert inside(tidy_daemon, "web", PYTHON, "-c", bind, user=ALICE) == "bound"
     for address in ("127.0.0.1", web["address"], BRIDGE_ADDRESS):
-        assert "1 received" in inside(tidy_daemon, "web", "ping", "-c1", "-W1", address, user=ALICE)
+        assert "1 received" in inside(tidy_daemon, "web", "ping", "-c1", "-W3", address, user=ALICE)
 
 
 # -- the rules --------------------------------------------------------------------------------------------------

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import trio
+import h11
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -180,7 +181,7 @@ def test_large_heads_are_checked_in_bounded_time(head: bytes) -> None:
     assert time.perf_counter() - begun < 0.1
 
 
-@given(st.lists(st.sampled_from([b"\r\n", b"\n", b"\r", b" ", b"\t", b":", b"a", b"1", b"Content-Length", b"GET /",
+@given(st.lists(st.sampled_from([b"GET / HTTP/1.1\r\nHost: x\r\n", b"\r\n", b"\n", b"\r", b" ", b"\t", b":", b"a", b"1", b"Content-Length", b"GET /",
                                  b"HTTP/1.1", b"\0", b"\xff", b"\r\n\r\n", b"Host: x"]), max_size=30).map(b"".join))
 def test_any_head_is_a_length_or_refused(head: bytes) -> None:
     try:
@@ -189,3 +190,6 @@ def test_any_head_is_a_length_or_refused(head: bytes) -> None:
         return
     assert b"\n" not in head.replace(b"\r\n", b""), "a bare line feed passed"
     assert b"\r" not in head.replace(b"\r\n", b""), "a bare carriage return passed"
+    library = h11.Connection(h11.SERVER)
+    library.receive_data(head + b"\r\n\r\n")
+    assert isinstance(library.next_event(), h11.Request), "the library refuses it in its own way"

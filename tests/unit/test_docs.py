@@ -18,7 +18,7 @@ import pytest
 import netnsd
 from netnsd import errors, wire
 from netnsd.api.routes import ROUTES
-from netnsd.client import app, streams
+from netnsd.client import app, session, streams
 from netnsd.core import supervisor
 from netnsd.core.addressing import Plan
 from netnsd.core.environment import Environment, PublishedPort
@@ -117,7 +117,7 @@ def test_global_options_are_documented() -> None:
 
 def test_outputs_are_documented() -> None:
     (row,) = (row for row in rows(section("#### Global options")) if "--output" in row[0])
-    assert set(re.findall(r"`(\w+)`", row[1])) == set(app.OUTPUTS)
+    assert set(re.findall(r"`(\w+)`", row[1])) == set(session.OUTPUTS)
 
 
 def test_exit_codes_are_documented_and_no_other() -> None:
@@ -159,10 +159,12 @@ def test_every_setting_is_documented_with_its_default_and_no_other() -> None:
 
 
 def test_documented_defaults_are_a_configuration() -> None:
-    lines = [(code(row[0]), row[1]) for row in rows(section("## Configuration")) if row[1] != "unset"]
-    text = "".join(f"{key.partition('] ')[0]}]\n{key.partition('] ')[2]} = {code(value)}\n"
-                   for key, value in lines[:1])
-    assert msgspec.convert(tomllib.loads(text), Config) == Config()
+    tree: dict[str, dict[str, Any]] = {}
+    for row in rows(section("## Configuration")):
+        name, _, key = code(row[0]).removeprefix("[").partition("] ")
+        if row[1] != "unset":
+            tree.setdefault(name, {}).update(tomllib.loads(f"{key} = {code(row[1])}"))
+    assert msgspec.convert(tree, Config) == Config()
 
 
 # -- the API ----------------------------------------------------------------------------------------------------
@@ -274,7 +276,7 @@ def test_links_and_mentioned_files_exist(page: Path) -> None:
 @pytest.mark.parametrize("page", [*PAGES, *SCRIPTS], ids=lambda page: str(page.relative_to(CHECKOUT)))
 def test_a_page_speaks_of_the_project_alone(page: Path) -> None:
     text = page.read_text(encoding="utf-8")
-    paths = re.findall(r"(?<![\w.~:/$}*\])\"'<-])/[a-z][\w.-]*(?:/[\w.-]+)+", text)
+    paths = re.findall(r"(?<![\w.~:/$}*\])<-])/[a-z][\w.-]*(?:/[\w.-]+)+", text)
     assert [path for path in paths if not SYSTEM_PATHS.match(path)] == []
     assert re.findall(r"(?i)\bissues? #?\d+|\bTODO\b|\bFIXME\b|\b(?:file|https?)://(?:localhost/home|[\w.-]*\.internal)",
                       text) == []

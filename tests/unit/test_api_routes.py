@@ -1,0 +1,212 @@
+"""The table of routes: who may, what answers, and one shape for every error."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import AsyncIterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import trio
+
+from netnsd.api import openapi
+from netnsd.api.routes import ROUTES, Permission, Route
+from tests.fakes.serving import Served, error_of, serving
+from tests.fakes.world import ALICE, BOB, CAROL, request
+
+OF_ONE = [route for route in ROUTES if "{ref}" in route.path]
+
+
+def named(route: Route) -> str:
+    return f"{route.method} {route.path}"
+
+
+@pytest.fixture
+async def served(tmp_path: Path) -> AsyncIterator[Served]:
+    async with serving(tmp_path) as made:
+        yield made
+
+
+def test_every_route_names_its_permission() -> None:
+    assert all(isinstance(route.permission, Permission) for route in ROUTES)
+    assert all(route.permission is Permission.OWNER for route in OF_ONE)
+    assert len({(route.method, route.path) for route in ROUTES}) == len(ROUTES)
+    assert all(route.summary for route in ROUTES)
+
+
+@pytest.mark.parametrize("route", OF_ONE, ids=named)
+async def test_anothers_environment_is_not_there(served: Served, route: Route) -> None:
+    theirs = await served.world.environments.create(request("web", "server", ports=1), BOB)
+    before = served.world.held()
+    for ref in (theirs.id, "web", "web.bob"):
+        answer = await served.ask(route.method, route.path.format(ref=ref))
+        assert (answer.status, answer.code) == (404, "not_found")
+        nothing = await served.ask(route.method, route.path.format(ref="x" * len(ref)))
+        assert answer.json["error"]["message"].replace(ref, "") == nothing.json["error"]["message"].replace(
+            "x" * len(ref), ""), "the answer tells that it exists"
+    assert served.world.held() == before
+
+
+@pytest.mark.parametrize("route", OF_ONE, ids=named)
+async def test_an_admin_and_the_owner_find_it(served: Served, route: Route) -> None:
+    for caller in (CAROL, BOB):
+        served.actor = caller
+        environment = await served.world.environments.create(request("web"), BOB)
+        answer = await served.ask(route.method, route.path.format(ref=environment.id))
+        assert answer.status != 404 or "service" in error_of(answer)["message"], answer
+        if environment in served.world.environments.registry:
+            await served.world.environments.remove(environment)
+
+
+async def test_lists_hold_ones_own_and_all_of_them_for_admins_who_ask(served: Served) -> None:
+    for owner in (ALICE, BOB, CAROL):
+        await served.world.environments.create(request(f"of-{owner.user}", labels={"team": owner.user}), owner)
+
+    async def names(path: str) -> list[str]:
+        return [e["name"] for e in (await served.ask("GET", path)).json["environments"]]
+
+    assert await names("/v1/environments") == ["of-alice"]
+    assert await names("/v1/environments?all=1") == ["of-alice"]
+    served.actor = CAROL
+    assert await names("/v1/environments") == ["of-carol"]
+    assert await names("/v1/environments?all=1") == ["of-alice", "of-bob", "of-carol"]
+    assert await names("/v1/environments?all=1&label=team=bob") == ["of-bob"]
+    assert await names("/v1/environments?all=1&label=team=bob&label=x=y") == []
+
+
+async def test_events_are_of_ones_own(served: Served) -> None:
+    for owner in (BOB, ALICE):
+        served.events.emit("created", owner.uid, owner.user, f"of-{owner.user}")
+    async with served.client() as client:
+        await client.send(b"GET /v1/events HTTP/1.1\r\nHost: netnsd\r\n\r\n")
+        seen = b""
+        with trio.fail_after(5):
+            while b"of-alice" not in seen:
+                seen += await client.stream.receive_some(65536)
+    assert b"of-bob" not in seen
+
+
+async def test_followers_that_left_are_forgotten(served: Served) -> None:
+    for _ in range(3):
+        async with served.client() as client:
+            await client.send(b"GET /v1/events HTTP/1.1\r\nHost: netnsd\r\n\r\n")
+            with trio.fail_after(5):
+                while not served.events._followers:
+                    await trio.sleep(0.005)
+        with trio.fail_after(5):
+            while served.events._followers or served.gate._open:
+                await trio.sleep(0.005)
+
+
+async def test_life_of_an_environment_over_the_api(served: Served) -> None:
+    made = await served.ask("POST", "/v1/environments", {"name": "web", "command": ["server"], "ports": [{"port": 80}]})
+    assert made.status == 201
+    environment = made.json
+    assert environment["owner"] == {"uid": ALICE.uid, "user": "alice"}
+    assert environment["ports"] == [{"port": 80, "protocol": "tcp", "published": 20000, "listen": "127.0.0.1"}]
+    assert environment["services"][0]["state"] == "running"
+    assert (await served.ask("GET", "/v1/environments/web")).json == environment
+    served.world.network.listen(served.world.environments.registry.find("web", ALICE).slot, "tcp", 80)
+    assert (await served.ask("GET", "/v1/environments/web/wait?for=ready&timeout=1")).json == environment
+    assert (await served.ask("POST", "/v1/environments/web/stop", {"grace_seconds": 0})).json["state"] == "stopped"
+    assert (await served.ask("POST", "/v1/environments/web/start")).json["state"] == "running"
+    assert (await served.ask("POST", "/v1/environments/web/restart", {"grace_seconds": 0})).json["state"] == "running"
+    assert (await served.ask("GET", "/v1/environments/web/logs?tail=3")).body == b"tail 3\n"
+    assert (await served.ask("DELETE", "/v1/environments/web")).json == {}
+    assert (await served.ask("GET", "/v1/environments/web")).code == "not_found"
+    assert served.world.held() == {}
+
+
+@pytest.mark.parametrize("path", ["/", "/v1", "/v2/environments", "/v1/environments/", "/v1/health/", "/v1/environments/a/b",
+                                  "/openapi.json/", "/v1/environments//wait"])
+@pytest.mark.parametrize("method", ["GET", "POST", "DELETE"])
+async def test_unknown_paths_have_the_one_shape(served: Served, method: str, path: str) -> None:
+    answer = await served.ask(method, path)
+    assert (answer.status, answer.code) in ((404, "no_route"), (404, "not_found"), (405, "method_not_allowed"))
+
+
+@pytest.mark.parametrize("method", ["PUT", "PATCH", "TRACE", "OPTIONS", "CONNECT", "BREW"])
+@pytest.mark.parametrize("path", ["/v1/health", "/v1/environments", "/v1/environments/web", "/openapi.json", "/v1/events"])
+async def test_other_methods_have_the_one_shape(served: Served, method: str, path: str) -> None:
+    answer = await served.ask(method, path)
+    assert (answer.status, answer.code) == (405, "method_not_allowed")
+
+
+@pytest.mark.parametrize("path", ["/v1/health", "/v1/environments", "/openapi.json", "/nothing", "/v1/events",
+                                  "/v1/environments/web", "/v1/environments/web/logs?follow=1"])
+async def test_head_is_answered_without_a_body_and_the_connection_goes_on(served: Served, path: str) -> None:
+    async with served.client() as client:
+        answer = await client.ask("HEAD", path)
+        assert answer.headers["netnsd-version"]
+        assert (await client.ask("GET", "/v1/health")).json == {"status": "ok"}
+
+
+@pytest.mark.parametrize("query", ["all=2", "all=true", "label=x", "label==v", "label=k", "all="])
+async def test_bad_query_parameters_of_lists_are_named(served: Served, query: str) -> None:
+    answer = await served.ask("GET", f"/v1/environments?{query}")
+    assert answer.status == 422
+    assert answer.code in ("invalid_request", "invalid_label")
+
+
+@pytest.mark.parametrize("query", ["for=never", "timeout=x", "timeout=-1", "timeout=nan", "timeout=inf", "timeout=1e300"])
+async def test_bad_query_parameters_of_waits_are_named(served: Served, query: str) -> None:
+    await served.world.environments.create(request("web"), ALICE)
+    answer = await served.ask("GET", f"/v1/environments/web/wait?{query}")
+    assert (answer.status, answer.code) == (422, "invalid_request")
+
+
+@pytest.mark.parametrize("seconds", [-1, 3601, 1e300])
+async def test_grace_is_bounded(served: Served, seconds: float) -> None:
+    await served.world.environments.create(request("web"), ALICE)
+    for verb in ("stop", "restart"):
+        answer = await served.ask("POST", f"/v1/environments/web/{verb}", {"grace_seconds": seconds})
+        assert answer.code == "invalid_request"
+
+
+async def test_bodies_of_posts_without_fields_are_checked(served: Served) -> None:
+    await served.world.environments.create(request("web"), ALICE)
+    assert (await served.ask("POST", "/v1/environments/web/start", {"force": True})).code == "invalid_request"
+
+
+async def test_a_fault_is_answered_in_the_one_shape_without_its_text(served: Served, tmp_path: Path) -> None:
+    def broken() -> Any:
+        raise RuntimeError("secret")
+
+    (tmp_path / "other").mkdir()
+    async with serving(tmp_path / "other", doctor=broken) as other:
+        answer = await other.ask("GET", "/v1/doctor")
+        assert (answer.status, answer.code) == (500, "internal")
+        assert b"secret" not in answer.body
+        assert answer.json["error"]["details"]["request_id"]
+
+
+async def test_requests_are_refused_while_the_daemon_stops(served: Served) -> None:
+    async with served.client() as client:
+        assert (await client.ask("GET", "/v1/health")).status == 200
+        served.http._stopping = True
+        answer = await client.ask("GET", "/v1/health")
+        assert (answer.status, answer.code) == (503, "shutting_down")
+
+
+async def test_openapi_covers_every_route_and_resolves(served: Served) -> None:
+    document = (await served.ask("GET", "/openapi.json")).json
+    assert document["openapi"] == "3.1.0"
+    assert document == json.loads(json.dumps(openapi.document()))
+    operations = {(method.upper(), path) for path, item in document["paths"].items() for method in item}
+    assert operations == {(route.method, route.path) for route in ROUTES}
+    schemas = document["components"]["schemas"]
+    for reference in re.findall(r'"\$ref": "([^"]*)"', json.dumps(document)):
+        assert reference.removeprefix("#/components/schemas/") in schemas, reference
+    identifiers = [operation["operationId"] for item in document["paths"].values() for operation in item.values()]
+    assert len(set(identifiers)) == len(identifiers)
+    for route in ROUTES:
+        operation = document["paths"][route.path][route.method.lower()]
+        assert set(operation) <= {"operationId", "summary", "description", "parameters", "responses", "requestBody"}
+        assert ("requestBody" in operation) == (route.body is not None)
+        in_path = [p["name"] for p in operation["parameters"] if p["in"] == "path"]
+        assert in_path == re.findall(r"\{(\w+)\}", route.path)
+        assert {p["name"] for p in operation["parameters"] if p["in"] == "query"} == set(route.query)
+        assert str(route.status) in operation["responses"]
+        assert route.permission.value in operation["description"]
