@@ -6,6 +6,7 @@ the last commits, and takes the namespaces with it anyway.
 
 from __future__ import annotations
 
+import contextlib
 import fcntl
 import json
 import os
@@ -71,13 +72,17 @@ class SqliteStore:
     def __init__(self, directory: Path, plan: Plan) -> None:
         self._plan = plan
         self._lock = _lock(directory)
-        with _translated():
-            self._db = sqlite3.connect(directory / "netnsd.db", isolation_level=None, timeout=5.0)
-            os.chmod(directory / "netnsd.db", 0o600)
-            self._db.row_factory = sqlite3.Row
-            for pragma in ("journal_mode = WAL", "synchronous = NORMAL", "foreign_keys = ON"):
-                self._db.execute(f"PRAGMA {pragma}")
-        self._migrate()
+        with contextlib.ExitStack() as undo:
+            undo.callback(os.close, self._lock)
+            with _translated():
+                self._db = sqlite3.connect(directory / "netnsd.db", isolation_level=None, timeout=5.0)
+                undo.callback(self._db.close)
+                os.chmod(directory / "netnsd.db", 0o600)
+                self._db.row_factory = sqlite3.Row
+                for pragma in ("journal_mode = WAL", "synchronous = NORMAL", "foreign_keys = ON"):
+                    self._db.execute(f"PRAGMA {pragma}")
+            self._migrate()
+            undo.pop_all()
 
     def close(self) -> None:
         """Close the file and let another daemon have it."""

@@ -159,7 +159,7 @@ class _Connection(TCPServer):
     async def protocol_send(self, event: Event) -> None:
         if not (self._left and isinstance(event, Updated)):
             await super().protocol_send(event)
-        if self.stream.broken:  # type: ignore[attr-defined]
+        if self.stream.broken:
             self.scope.cancel()
 
 

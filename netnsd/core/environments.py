@@ -98,17 +98,30 @@ class Environments:
         for environment, services in actions.adopt:
             self._furnished.add(environment.id)
             self._supervisor.adopt(environment, services, reported=observed.running.keys())
-        for index in actions.orphan_slots:
-            await self._a.network.unwire([(self._plan.slot(index), "")])
-        for name in actions.orphan_cgroups:
-            await self._a.cgroups.remove(name)
-        for name in actions.orphan_files:
-            self._a.files.remove(name)
+        await self._clear(actions)
         async with trio.open_nursery() as nursery:
             for environment in actions.undo + actions.lost:
                 nursery.start_soon(self._remove_quietly, environment)
         for environment in actions.lost:
             self._tell("lost", environment, reason="its namespace, name or link is gone")
+
+    async def _clear(self, actions: reconcile.Actions) -> None:
+        """Remove what belongs to no environment. What cannot be removed does not keep the others waiting."""
+        async def remove_files(name: str) -> None:
+            self._a.files.remove(name)
+
+        steps = [
+            # Of a larger supernet there may be slots that this one has not.
+            *(partial(self._a.network.unwire, [(self._plan.slot(index), "")])
+              for index in actions.orphan_slots if index < self._plan.slots),
+            *(partial(self._a.cgroups.remove, name) for name in actions.orphan_cgroups),
+            *(partial(remove_files, name) for name in actions.orphan_files),
+        ]
+        for step in steps:
+            try:
+                await step()
+            except (NetnsdError, ExceptionGroup) as error:
+                self._emit("orphan_left", 0, "", "", reason="; ".join(_messages(error)))
 
     async def _observe(self, desired: list[Environment]) -> reconcile.Observed:
         running, exited = await self._a.processes.known()

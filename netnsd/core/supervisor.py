@@ -16,7 +16,7 @@ import trio
 
 from netnsd.core.environment import Command, Environment, Service
 from netnsd.core.interfaces import Exited, Launch
-from netnsd.errors import StoreError
+from netnsd.errors import NetnsdError, StoreError
 
 if TYPE_CHECKING:
     from netnsd.core.environments import Adapters, Emit
@@ -94,11 +94,25 @@ class Supervisor:
             self._on_exit(Exited(launch_id, self._early.pop(launch_id)))
 
     async def stop(self, environment: Environment, grace_seconds: float) -> None:
-        """End all services of an environment: SIGTERM to every process, cgroup.kill after ``grace_seconds``."""
+        """End all services of an environment: SIGTERM to every process, cgroup.kill after ``grace_seconds``.
+
+        Raises the first error, after all others were asked to end; what is left can be stopped again.
+        """
+        failures: list[NetnsdError] = []
+
+        async def stop_one(service: Service) -> None:
+            try:
+                await self._stop_one(environment, service, grace_seconds)
+            except NetnsdError as error:
+                failures.append(error)
+
         async with trio.open_nursery() as nursery:
             for service in list(environment.services.values()):
-                if service.state in ("starting", "running"):
-                    nursery.start_soon(self._stop_one, environment, service, grace_seconds)
+                if service.state in ("starting", "running") or self._a.cgroups.populated(
+                        group_of(environment, service.name)):
+                    nursery.start_soon(stop_one, service)
+        if failures:
+            raise failures[0]
 
     async def _stop_one(self, environment: Environment, service: Service, grace_seconds: float) -> None:
         group = group_of(environment, service.name)

@@ -138,7 +138,7 @@ def _convert(tree: dict[str, Any], source: str, *, strict: bool) -> Config:
 
 def _plain(message: str) -> str:
     """msgspec's message with the key's whole name: ``unknown key `x` in [network]``."""
-    match = re.match(r"Object contains unknown field `(.*)`(?: - at `\$\.?(.*)`)?", message)
+    match = re.match(r"Object contains unknown field `([^`]*)`(?: - at `\$\.?(.*)`)?", message)
     if match:
         where = f" in [{match[2]}]" if match[2] else ""
         return f"unknown key {match[1]!r}{where}"
@@ -156,7 +156,7 @@ def _check(config: Config, source: str) -> None:
         _ = config.plan
     except ValueError as error:
         raise refuse("[network] supernet", str(error)) from error
-    if not re.fullmatch(r"\d{1,5}-\d{1,5}", config.ports.range):
+    if not re.fullmatch(r"[0-9]{1,5}-[0-9]{1,5}", config.ports.range):
         raise refuse("[ports] range", "is not LOW-HIGH")
     low, high = config.published_range
     if not 1024 <= low <= high <= 65535:

@@ -15,7 +15,7 @@ from pathlib import Path
 from pyroute2 import IPRoute
 from pyroute2.netlink.exceptions import NetlinkError
 
-from netnsd.core.addressing import BRIDGE_PREFIX, Bridge
+from netnsd.core.addressing import BRIDGE_PREFIX, FIRST_BRIDGE_IFINDEX, FIRST_PORT_IFINDEX, Bridge
 from netnsd.kernel.rtnetlink import LINK_ALIAS, LINK_GROUP
 
 _SYSCTL = Path("/proc/sys/net/ipv4")
@@ -42,8 +42,17 @@ class Bridges:
         self._present: set[int] = set()
 
     def load(self) -> None:
-        """Read which of our bridges exist."""
-        self._present = {link["index"] for link in _links() if link.get_attr("IFLA_IFNAME").startswith(BRIDGE_PREFIX)}
+        """Read which of our bridges exist, and finish or remove what a killed daemon left half-made."""
+        # By index, as a name may be anybody's and the alias comes after the link; the address comes last.
+        ours = {link["index"]: link.get_attr("IFLA_IFNAME") for link in _links()
+                if FIRST_BRIDGE_IFINDEX <= link["index"] < FIRST_PORT_IFINDEX
+                and link.get_attr("IFLA_IFNAME").startswith(BRIDGE_PREFIX)}
+        with IPRoute() as route:
+            addressed = {entry["index"] for entry in route.get_addr(family=socket.AF_INET)}
+        self._delete(sorted(ours.keys() - addressed))
+        self._present = ours.keys() & addressed
+        for index in self._present:
+            _configure(ours[index])
 
     def ensure(self, bridge: Bridge) -> None:
         """Make the bridge unless it is there. Raises OSError with a ``stage``-less errno."""
@@ -60,15 +69,7 @@ class Bridges:
             with contextlib.suppress(OSError):
                 self._delete([bridge.ifindex])
             raise OSError(error.code, f"{bridge.name}: {error}") from error
-        settings = _SYSCTL / "conf" / bridge.name
-        # 127.0.0.1:PORT of the host is translated to an environment's address; the firewall's guard closes the hole
-        # that route_localnet opens the other way (Documentation/networking/ip-sysctl.rst).
-        _write(settings / "route_localnet", "1")
-        _write(settings / "forwarding", "1")
-        _write(settings / "send_redirects", "0")
-        # The rules are IPv4's: no environment may reach the host by the bridge's link-local address.
-        if _IPV6.exists():
-            _write(_IPV6 / "conf" / bridge.name / "disable_ipv6", "1")
+        _configure(bridge.name)
         self._present.add(bridge.ifindex)
 
     def remove(self) -> None:
@@ -136,7 +137,12 @@ class Forwarding:
         self._record = record
 
     def switch_on(self, interfaces: list[str]) -> None:
-        """Switch it on, and remember where it was off."""
+        """Switch it on, and remember where it was off.
+
+        Again for our bridges: the kernel switches all off when somebody writes 0 to net.ipv4.ip_forward.
+        """
+        for own in (_SYSCTL / "conf").glob(f"{BRIDGE_PREFIX}*/forwarding"):
+            _write(own, "1")
         changed = [name for name in interfaces if _forwarding_of(name).read_text().strip() == "0"]
         if changed:
             before = self._record.read_text() if self._record.exists() else ""
@@ -156,6 +162,18 @@ class Forwarding:
 
 def _forwarding_of(interface: str) -> Path:
     return _SYSCTL / "conf" / interface / "forwarding"
+
+
+def _configure(name: str) -> None:
+    settings = _SYSCTL / "conf" / name
+    # 127.0.0.1:PORT of the host is translated to an environment's address; the firewall's guard closes the hole
+    # that route_localnet opens the other way (Documentation/networking/ip-sysctl.rst).
+    _write(settings / "route_localnet", "1")
+    _write(settings / "forwarding", "1")
+    _write(settings / "send_redirects", "0")
+    # The rules are IPv4's: no environment may reach the host by the bridge's link-local address.
+    if _IPV6.exists():
+        _write(_IPV6 / "conf" / name / "disable_ipv6", "1")
 
 
 def _links() -> list:  # type: ignore[type-arg]

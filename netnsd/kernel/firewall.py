@@ -169,8 +169,10 @@ class NftFirewall:
     def _restore(self, openings: Sequence[Opening]) -> bool:
         # A host that forwards anyway is let; where only netnsd needs it, it must not become a router between uplinks.
         uplinks = [] if bridges.host_forwards() else bridges.uplinks()
+        if self._loaded:
+            self._forwarding.switch_on(uplinks)
         is_right = self._loaded and self._listing() == self._loaded and uplinks == self._uplinks
-        if is_right and self._present() == _present(openings):
+        if is_right and self._present() == _present(openings, uplinks):
             return False
         self._run(_REPLACE + rules(supernet=self._supernet, flows=self._flows, openings=openings, uplinks=uplinks))
         self._loaded, self._uplinks = self._listing(), uplinks
@@ -185,13 +187,13 @@ class NftFirewall:
                 return ""
             raise
 
-    def _present(self) -> set[str]:
+    def _present(self) -> set[tuple[str, str]]:
         found = set()
-        for kind, name in (("map", "published"), ("set", "owners")):
+        for kind, name in (("map", "published"), ("set", "owners"), ("set", "pairs"), ("set", "uplinks")):
             listing = json.loads(self._run(f"list {kind} ip netnsd {name}", output_flags=Nft.JSON))
             for entry in listing["nftables"]:
                 for element in entry.get(kind, {}).get("elem", []):
-                    found.add(_flat(element))
+                    found.add((name, _flat(element)))
         return found
 
 
@@ -213,13 +215,14 @@ def _elements(openings: Iterable[Opening]) -> list[tuple[str, list[str]]]:
     return [("owners", owners), ("published", published)]
 
 
-def _present(openings: Iterable[Opening]) -> set[str]:
-    return {value for _name, values in _elements(openings) for value in values}
+def _present(openings: Iterable[Opening], uplinks: Iterable[str]) -> set[tuple[str, str]]:
+    return ({(name, value) for name, values in _elements(openings) for value in values}
+            | {("uplinks", name) for name in uplinks})
 
 
 def _flat(element: Any) -> str:
     """An element of nft's JSON, as nft writes it."""
     if isinstance(element, list):
         return " : ".join(_flat(part) for part in element)
-    return " . ".join(str(part) for part in element["concat"])
+    return element if isinstance(element, str) else " . ".join(str(part) for part in element["concat"])
 

@@ -97,7 +97,7 @@ def _try_rules(supernet: str) -> None:
 def _try_inner() -> None:
     with IPRoute() as route:
         route.link("add", ifname="eth0", kind="veth", peer="peer0")
-    inner.furnish([])
+    inner.furnish("10.0.0.1", [])
 
 
 def _cgroup() -> Finding:

@@ -1,7 +1,8 @@
 """What a namespace needs before servers run in it, done by NamespaceThread inside it: sysctls and the inner table.
 
 Most dev servers listen on 127.0.0.1 alone. Traffic to the environment's address for which no socket listens is sent
-to 127.0.0.1 instead. And an environment reaches its own published ports as the host does, at localhost:PUBLISHED.
+to 127.0.0.1 instead; so is TCP from the host where a socket listens on all addresses, as some servers that do trust
+loopback alone. And an environment reaches its own published ports as the host does, at localhost:PUBLISHED.
 """
 
 from __future__ import annotations
@@ -23,16 +24,18 @@ _IPV6_OFF = "/proc/sys/net/ipv6/conf/all/disable_ipv6"
 
 _TABLE = """
 table ip netnsd {
-  map published { type inet_proto . inet_service : inet_service; elements = { %s } }
+  map published { type inet_proto . inet_service : inet_service; @published@ }
   chain arriving {
     type nat hook prerouting priority -100;
     iifname "eth0" fib daddr type local meta l4proto { tcp, udp } jump loopback
   }
   chain loopback {
-    socket wildcard { 0, 1 } return
+    socket wildcard 0 return
+    meta l4proto udp socket wildcard 1 return
+    ip saddr != @host@ socket wildcard 1 return
     dnat to 127.0.0.1
   }
-  # Databases let in only who comes from 127.0.0.1 by default; who reaches a loopback server here is its owner.
+  # Databases let in only who comes from 127.0.0.1 by default. Who comes by the host is the owner, and by loopback too.
   chain arrived {
     type nat hook input priority 100;
     iifname "eth0" ip daddr 127.0.0.1 snat to 127.0.0.1
@@ -45,8 +48,15 @@ table ip netnsd {
 """
 
 
-def furnish(publications: Sequence[Publication]) -> None:
-    """Set up the calling thread's namespace. May be done again. Raises OSError, NftError."""
+def furnish(host: str, publications: Sequence[Publication]) -> None:
+    """Set up the calling thread's namespace. May be done again.
+
+    Args:
+        host: the address by which the host's own processes come in.
+        publications: the environment's published ports.
+
+    Raises OSError, NftError.
+    """
     for path, value in _SYSCTLS:
         _write(path, value)
     if os.path.exists(_IPV6_OFF):
@@ -55,15 +65,16 @@ def furnish(publications: Sequence[Publication]) -> None:
     # (nft_rcv_nl_event in net/netfilter/nf_tables_api.c).
     with Nft() as nft:
         try:
-            nft.run("create table ip netnsd\n" + _table(publications))
+            nft.run("create table ip netnsd\n" + _table(host, publications))
         except NftError as error:
             if not error.exists:
                 raise
 
 
-def _table(publications: Sequence[Publication]) -> str:
+def _table(host: str, publications: Sequence[Publication]) -> str:
     elements = ", ".join(f"{p.protocol} . {p.published} : {p.port}" for p in publications)
-    return _TABLE % elements if elements else _TABLE.replace(" elements = { %s }", "")
+    published = f"elements = {{ {elements} }}" if elements else ""
+    return _TABLE.replace("@host@", host).replace("@published@", published)
 
 
 def _write(path: str, value: bytes) -> None:

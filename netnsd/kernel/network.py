@@ -60,7 +60,8 @@ class KernelNetwork:
 
     async def furnish(self, slot: Slot, publications: Sequence[Publication]) -> None:
         """See ``core.interfaces.Network``."""
-        await self._in_slot("furnish", slot, lambda: inner.furnish(publications), Priority.FURNISH)
+        await self._in_slot("furnish", slot, lambda: inner.furnish(slot.bridge.address, publications),
+                            Priority.FURNISH)
 
     async def listeners(self, slot: Slot) -> frozenset[Listener]:
         """See ``core.interfaces.Network``."""

@@ -233,6 +233,28 @@ def test_what_no_row_tells_of_is_removed_at_the_start(daemon: Daemon) -> None:
         daemon.ctl("rm", "web", user=BOB, check=True)
 
 
+def test_a_bridge_that_was_half_made_is_made_anew_and_one_of_others_is_let_be(daemon: Daemon) -> None:
+    host = daemon.host
+    daemon.restart()  # without environments there is no bridge
+    daemon.kill()
+    # What is there between the first and the last step; the index is ours, not the name alone.
+    host.run(["ip", "link", "add", "ndbr0", "index", "1000000", "type", "bridge"], check=True)
+    host.run(["ip", "link", "add", "ndbr-other", "type", "bridge"], check=True)
+    daemon.start()
+    web = _echoing(daemon, ALICE)
+    assert ask(host, "tcp", "127.0.0.1", published(web), user=ALICE) == "alice heard hello"
+    daemon.kill()
+    # The address is the last step but the settings.
+    host.run(["sysctl", "-qw", "net.ipv4.conf.ndbr0.route_localnet=0", "net.ipv4.conf.ndbr0.forwarding=0"], check=True)
+    daemon.start()
+    assert ask(host, "tcp", "127.0.0.1", published(web), user=ALICE) == "alice heard hello"
+    assert host.run(["sysctl", "-n", "net.ipv4.conf.ndbr0.forwarding"]).stdout == "1\n"
+    daemon.ctl("rm", "web", user=ALICE, check=True)
+    assert daemon.stop() == 0
+    assert "ndbr-other" in host.run(["ip", "-br", "link"]).stdout
+    assert "ndbr0" not in host.run(["ip", "-br", "link"]).stdout
+
+
 def test_an_environment_whose_link_or_name_is_gone_ends_and_leaves_nothing(daemon: Daemon) -> None:
     host = daemon.host
     with nothing_left(host):

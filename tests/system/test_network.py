@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import signal
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -183,6 +185,18 @@ def test_an_environment_reaches_the_network_outside_as_the_host(
         _set(host, "net.bridge.bridge-nf-call-iptables", 0)
         for process in (server, echo):
             process.kill()
+
+
+def test_forwarding_that_was_switched_off_for_all_is_switched_on_again(
+        tidy_daemon: Daemon, host: HostNamespace, web: Environment) -> None:
+    """The kernel takes a 0 in ip_forward for every interface."""
+    place = _network_of(host, web)
+    assert pings(place, HostNamespace.OUTSIDE_ADDRESS, user=ALICE)
+    _set(host, "net.ipv4.ip_forward", 1)
+    _set(host, "net.ipv4.ip_forward", 0)
+    assert not pings(place, HostNamespace.OUTSIDE_ADDRESS, user=ALICE)
+    os.kill(tidy_daemon.pid, signal.SIGHUP)
+    wait_until(lambda: pings(place, HostNamespace.OUTSIDE_ADDRESS, user=ALICE), what="forwarding")
 
 
 def test_the_network_outside_reaches_no_environment(host: HostNamespace, web: Environment) -> None:

@@ -29,8 +29,13 @@ def _node(host: HostNamespace, user: User) -> list[str]:
     return [tool("node"), "-e", program]
 
 
+def _bare_redis(_host: HostNamespace, _user: User) -> list[str]:
+    # It listens on all addresses, and lets in nobody but 127.0.0.1.
+    return [tool("redis-server")]
+
+
 def _redis(host: HostNamespace, user: User) -> list[str]:
-    # As packages configure it; without a file it listens on all addresses, and lets nobody but 127.0.0.1 in.
+    # As packages configure it.
     return [tool("redis-server"), host.write(f"{user.home}/redis.conf", "bind 127.0.0.1 -::1\n", user=user)]
 
 
@@ -82,6 +87,7 @@ SERVERS = {
     "http.server": Server(8000, _http_page, _get, "0.0.0.0"),
     "node": Server(3000, _node, _get, "127.0.0.1"),
     "redis": Server(6379, _redis, _redis_says, "127.0.0.1"),
+    "redis-without-file": Server(6379, _bare_redis, _redis_says, "0.0.0.0"),
     "postgres": Server(5432, _postgres, _query, "127.0.0.1"),
     "nginx": Server(80, _nginx, _get, "0.0.0.0"),
 }
@@ -130,7 +136,7 @@ def test_udp_server_at_53_is_reachable_by_port_and_by_address(tidy_daemon: Daemo
         _remove(tidy_daemon)
 
 
-def test_a_loopback_server_hears_local_peers_and_a_wildcard_server_the_host(tidy_daemon: Daemon) -> None:
+def test_servers_on_loopback_or_all_addresses_hear_local_peers_and_others_the_host(tidy_daemon: Daemon) -> None:
     """Databases let only 127.0.0.1 in by default, so who comes by way of loopback must look as if from there."""
     code = ("import socket, sys, threading\n"
             "def serve(at):\n"
@@ -139,13 +145,14 @@ def test_a_loopback_server_hears_local_peers_and_a_wildcard_server_the_host(tidy
             "        connection, peer = server.accept()\n"
             "        connection.sendall(peer[0].encode()); connection.close()\n"
             "threading.Thread(target=serve, args=(('127.0.0.1', 1001),)).start()\n"
-            "serve(('0.0.0.0', 1002))\n")
-    environment = tidy_daemon.create_json("web", PYTHON, "-c", code, user=ALICE, ports=[1001, 1002], wait=True)
+            "threading.Thread(target=serve, args=(('0.0.0.0', 1002),)).start()\n"
+            "import os; serve((os.environ['NETNSD_IP'], 1003))\n")
+    environment = tidy_daemon.create_json("web", PYTHON, "-c", code, user=ALICE, ports=[1001, 1002, 1003], wait=True)
     host, address = tidy_daemon.host, environment["address"]
     heard = {port: {ask(host, "tcp", "127.0.0.1", published(environment, port), user=ALICE),
-                    ask(host, "tcp", address, port, user=ALICE)} for port in (1001, 1002)}
-    assert heard[1001] == {"127.0.0.1"}
-    assert not any(peer.startswith("127.") for peer in heard[1002])
+                    ask(host, "tcp", address, port, user=ALICE)} for port in (1001, 1002, 1003)}
+    assert heard[1001] == heard[1002] == {"127.0.0.1"}
+    assert not any(peer.startswith("127.") for peer in heard[1003])
     tidy_daemon.ctl("rm", "web", user=ALICE, check=True)
 
 

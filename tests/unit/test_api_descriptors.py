@@ -95,7 +95,7 @@ async def longest_stall(seconds: float) -> float:
 async def test_descriptors_beside_a_request_do_not_stay(served: Served, count: int) -> None:
     await served.ask("GET", "/v1/health")
     before = len(os.listdir("/proc/self/fd"))
-    with connect(served.path) as client, open("/dev/null", "rb") as null:
+    with connect(served.path) as client, open("/dev/null", "rb") as null:  # noqa: ASYNC230
         for _ in range(3):
             if not smuggle(client, HEALTH, *[null.fileno()] * count):
                 client.sendall(HEALTH)
@@ -105,7 +105,7 @@ async def test_descriptors_beside_a_request_do_not_stay(served: Served, count: i
     await until_closed(before)
 
 
-@pytest.mark.parametrize("data", [HEALTH, HEALTH[:20], b"POST /v1/environments HTTP/1.1\r\nHost: x\r\n"
+@pytest.mark.parametrize("data", [HEALTH, HEALTH[:20], b"POST /v1/environments HTTP/1.1\r\nHost: x\r\n"  # noqa: ISC004
                                   b"Content-Length: 100\r\n\r\n{", b"nonsense\r\n\r\n"],
                          ids=["request", "part of a head", "part of a body", "nonsense"])
 async def test_a_lingering_socket_does_not_stall_the_loop(served: Served, data: bytes) -> None:
@@ -170,11 +170,16 @@ async def test_many_lingering_sockets_leave_threads_for_others(served: Served) -
 
 async def test_received_descriptors_are_not_inherited(monkeypatch: pytest.MonkeyPatch) -> None:
     seen: list[bool] = []
-    monkeypatch.setattr(stream, "_close_all", lambda fds: [(seen.append(os.get_inheritable(fd)), os.close(fd))
-                                                           for fd in fds])
-    ours, theirs = trio.socket.socketpair()
-    with ours, theirs, open("/dev/null", "rb") as null:
-        smuggle(theirs._sock, b"x", null.fileno())
+
+    def look(fds: list[int]) -> None:
+        for fd in fds:
+            seen.append(os.get_inheritable(fd))
+            os.close(fd)
+
+    monkeypatch.setattr(stream, "_close_all", look)
+    left, theirs = socket.socketpair()
+    with trio.socket.from_stdlib_socket(left) as ours, theirs:
+        smuggle(theirs, b"x", theirs.fileno())
         assert await stream.receive(ours, 10, filters_descriptors=False) == b"x"
         with trio.fail_after(5):
             while not seen:

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import time
 from collections.abc import AsyncIterator
 from pathlib import Path
 
+import h11
 import pytest
 import trio
-import h11
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -42,7 +43,7 @@ REFUSED = {
     "a hexadecimal length": HEALTH + b"Content-Length: 0x1\r\n\r\nx",
     "an empty length": HEALTH + b"Content-Length: \r\n\r\n",
     "a length of many digits": HEALTH + b"Content-Length: 9999999999999\r\n\r\n",
-    "a length in other digits": HEALTH + "Content-Length: ١\r\n\r\nx".encode(),
+    "a length in other digits": HEALTH + "Content-Length: ١\r\n\r\nx".encode(),  # noqa: RUF001
     "no name": HEALTH + b": x\r\n\r\n",
     "no colon": HEALTH + b"nonsense\r\n\r\n",
     "a space in a name": HEALTH + b"X A: 1\r\n\r\n",
@@ -174,10 +175,8 @@ async def test_expect_100_is_answered(served: Served) -> None:
 ], ids=range(8))
 def test_large_heads_are_checked_in_bounded_time(head: bytes) -> None:
     begun = time.perf_counter()
-    try:
+    with contextlib.suppress(BadRequest):
         stream._body_length(head)
-    except BadRequest:
-        pass
     assert time.perf_counter() - begun < 0.1
 
 

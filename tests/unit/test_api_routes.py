@@ -119,7 +119,8 @@ async def test_life_of_an_environment_over_the_api(served: Served) -> None:
     assert served.world.held() == {}
 
 
-@pytest.mark.parametrize("path", ["/", "/v1", "/v2/environments", "/v1/environments/", "/v1/health/", "/v1/environments/a/b",
+@pytest.mark.parametrize("path", ["/", "/v1", "/v2/environments", "/v1/environments/", "/v1/health/",
+                                  "/v1/environments/a/b",
                                   "/openapi.json/", "/v1/environments//wait"])
 @pytest.mark.parametrize("method", ["GET", "POST", "DELETE"])
 async def test_unknown_paths_have_the_one_shape(served: Served, method: str, path: str) -> None:
@@ -128,7 +129,8 @@ async def test_unknown_paths_have_the_one_shape(served: Served, method: str, pat
 
 
 @pytest.mark.parametrize("method", ["PUT", "PATCH", "TRACE", "OPTIONS", "CONNECT", "BREW"])
-@pytest.mark.parametrize("path", ["/v1/health", "/v1/environments", "/v1/environments/web", "/openapi.json", "/v1/events"])
+@pytest.mark.parametrize("path", ["/v1/health", "/v1/environments", "/v1/environments/web", "/openapi.json",
+                                  "/v1/events"])
 async def test_other_methods_have_the_one_shape(served: Served, method: str, path: str) -> None:
     answer = await served.ask(method, path)
     assert (answer.status, answer.code) == (405, "method_not_allowed")
@@ -150,7 +152,8 @@ async def test_bad_query_parameters_of_lists_are_named(served: Served, query: st
     assert answer.code in ("invalid_request", "invalid_label")
 
 
-@pytest.mark.parametrize("query", ["for=never", "timeout=x", "timeout=-1", "timeout=nan", "timeout=inf", "timeout=1e300"])
+@pytest.mark.parametrize("query", ["for=never", "timeout=x", "timeout=-1", "timeout=nan", "timeout=inf",
+                                   "timeout=1e300"])
 async def test_bad_query_parameters_of_waits_are_named(served: Served, query: str) -> None:
     await served.world.environments.create(request("web"), ALICE)
     answer = await served.ask("GET", f"/v1/environments/web/wait?{query}")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ipaddress
+import itertools
 
 import pytest
 from hypothesis import given
@@ -13,7 +14,7 @@ from netnsd.core.addressing import Plan
 
 @given(st.integers(18, 28), st.integers(1, 1000))
 def test_everything_of_every_slot_is_unique_and_inside(prefix: int, bridge_ports: int) -> None:
-    supernet = ipaddress.ip_network(f"10.203.0.0/{prefix}")
+    supernet = ipaddress.IPv4Network(f"10.203.0.0/{prefix}")
     try:
         plan = Plan(str(supernet), bridge_ports)
     except ValueError:
@@ -22,9 +23,9 @@ def test_everything_of_every_slot_is_unique_and_inside(prefix: int, bridge_ports
     step = max(1, plan.slots // 300)
     slots = [plan.slot(index) for index in {*range(0, plan.slots, step), plan.slots - 1}]
     bridges = [plan.bridge(index) for index in range(plan.bridges)]
-    networks = [ipaddress.ip_network(bridge.network) for bridge in bridges]
+    networks = [ipaddress.IPv4Network(bridge.network) for bridge in bridges]
     assert all(network.subnet_of(supernet) for network in networks)
-    assert all(not a.overlaps(b) for a, b in zip(networks, networks[1:], strict=False))
+    assert all(not a.overlaps(b) for a, b in itertools.pairwise(networks))
     addresses = [s.address for s in slots] + [b.address for b in bridges]
     macs = [s.mac for s in slots] + [s.port_mac for s in slots] + [b.mac for b in bridges]
     indexes = [s.port_ifindex for s in slots] + [b.ifindex for b in bridges]
@@ -43,7 +44,8 @@ def test_everything_of_every_slot_is_unique_and_inside(prefix: int, bridge_ports
         assert len(mac) == 6
 
 
-@pytest.mark.parametrize(("bridge_ports", "prefix"), [(1, 30), (2, 29), (5, 29), (6, 28), (250, 24), (253, 24), (254, 23),
+@pytest.mark.parametrize(("bridge_ports", "prefix"), [(1, 30), (2, 29), (5, 29), (6, 28), (250, 24), (253, 24),
+                                                      (254, 23),
                                                       (1000, 22)])
 def test_a_bridge_has_room_for_its_ports_itself_and_the_ends(bridge_ports: int, prefix: int) -> None:
     plan = Plan("10.203.0.0/16", bridge_ports)

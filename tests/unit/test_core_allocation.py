@@ -76,7 +76,8 @@ def test_a_slot_that_is_freed_twice_is_handed_out_once() -> None:
 
 @given(st.lists(st.tuples(st.booleans(), st.sampled_from(["tcp", "udp"]), st.integers(0, 9)), max_size=60))
 def test_ports_never_have_two_holders(moves: list[tuple[bool, str, int]]) -> None:
-    allocator, held = ports(20000, 20009), set()
+    allocator = ports(20000, 20009)
+    held: set[tuple[str, int]] = set()
     for take, protocol, number in moves:
         if take:
             if sum(p == protocol for p, _ in held) == 10:

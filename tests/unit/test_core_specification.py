@@ -14,7 +14,15 @@ from netnsd import wire
 from netnsd.core import specification
 from netnsd.core.environment import Command
 from netnsd.core.registry import Blueprint, Settings
-from netnsd.errors import Forbidden, InvalidCommand, InvalidLabel, InvalidName, InvalidPort, InvalidVariable, NetnsdError
+from netnsd.errors import (
+    Forbidden,
+    InvalidCommand,
+    InvalidLabel,
+    InvalidName,
+    InvalidPort,
+    InvalidVariable,
+    NetnsdError,
+)
 from tests.fakes.world import ALICE
 
 RANGE = (20000, 20009)
@@ -27,6 +35,7 @@ def test_dns_labels_are_names(name: str) -> None:
 
 @pytest.mark.parametrize("name", ["", ".", "..", "/", "a/b", "../a", "a\0", "\0", "a\n", "\n", "a b", " a", "A", "Web",
                                   "ö", "а", "１", "-", "-a", "a-", "a_b", "a.b", "a" * 64, "a" * 10_000, "%2e", "a\r",
+                                  # noqa: RUF001
                                   "\u202ea", "\ud800"])  # fmt: skip
 def test_other_names_are_refused_with_a_hint(name: str) -> None:
     with pytest.raises(InvalidName) as caught:
@@ -43,7 +52,7 @@ def test_names_are_labels_and_a_suggestion_is_one(name: str) -> None:
     except InvalidName as error:
         suggested = re.search(r": '(.*)' would do", error.hint)
         if suggested:
-            assert specification.check_name(suggested[1])  # noqa: PT017
+            assert specification.check_name(suggested[1])
     else:
         assert re.fullmatch(r"(?!-)[a-z0-9-]{1,63}(?<!-)", checked)
 
@@ -58,7 +67,8 @@ def test_ports_are_from_1_to_65535(port: int, good: bool) -> None:
             specification.check_ports([wire.PortRequest(port=port)], RANGE)
 
 
-@pytest.mark.parametrize(("publish", "good"), [(19999, False), (20000, True), (20009, True), (20010, False), (0, False)])
+@pytest.mark.parametrize(("publish", "good"), [(19999, False), (20000, True), (20009, True), (20010, False),
+                                               (0, False)])
 def test_published_ports_are_in_the_range(publish: int, good: bool) -> None:
     wanted = [wire.PortRequest(port=80, publish=publish)]
     if good:
@@ -74,13 +84,15 @@ def test_ports_are_asked_for_once_per_protocol() -> None:
     with pytest.raises(InvalidPort, match="twice"):
         specification.check_ports([tcp, tcp], RANGE)
     with pytest.raises(InvalidPort, match="twice"):
-        specification.check_ports([wire.PortRequest(port=1, publish=20000), wire.PortRequest(port=2, publish=20000)], RANGE)
+        specification.check_ports([wire.PortRequest(port=1, publish=20000), wire.PortRequest(port=2, publish=20000)],
+                                  RANGE)
 
 
 @pytest.mark.parametrize(("check", "most", "item", "error"), [
     (lambda items: specification.check_ports(items, RANGE), specification.MAX_PORTS,
      lambda n: wire.PortRequest(port=n + 1), InvalidPort),
-    (lambda items: specification.check_labels(dict(items)), specification.MAX_LABELS, lambda n: (f"k{n}", ""), InvalidLabel),
+    (lambda items: specification.check_labels(dict(items)), specification.MAX_LABELS, lambda n: (f"k{n}", ""),
+     InvalidLabel),
     (lambda items: specification.check_services(wire.CreateRequest(services=items)), specification.MAX_SERVICES,
      lambda n: wire.ServiceRequest(name=f"s{n}", command=["x"]), InvalidCommand),
 ], ids=["ports", "labels", "services"])
@@ -96,7 +108,8 @@ def test_good_labels(labels: dict[str, str]) -> None:
     assert specification.check_labels(labels) == labels
 
 
-@pytest.mark.parametrize("labels", [{"": "v"}, {"a b": "v"}, {"=": "v"}, {"-a": ""}, {"a-": ""}, {"a" * 129: "v"}, {"ä": ""},
+@pytest.mark.parametrize("labels", [{"": "v"}, {"a b": "v"}, {"=": "v"}, {"-a": ""}, {"a-": ""}, {"a" * 129: "v"},
+                                    {"ä": ""},
                                     {"a": "v" * 257}, {"a": "b\n"}, {"a": "\0"}, {"a": "\x1b[31m"}, {"a\n": ""}])
 def test_bad_labels(labels: dict[str, str]) -> None:
     with pytest.raises(InvalidLabel):
@@ -125,7 +138,8 @@ def test_bad_commands(changes: dict[str, Any]) -> None:
         command(**changes)
 
 
-@pytest.mark.parametrize("changes", [{"umask": 0o777}, {"limits": {"nofile": -1}}, {"limits": {"nofile": (1 << 63) - 1}},
+@pytest.mark.parametrize("changes", [{"umask": 0o777}, {"limits": {"nofile": -1}},
+                                     {"limits": {"nofile": (1 << 63) - 1}},
                                      {"argv": ["sh", ""]}, {"argv": ["./x y"]}], ids=str)
 def test_commands_at_their_limits(changes: dict[str, Any]) -> None:
     assert command(**changes)
@@ -146,18 +160,21 @@ def test_command_is_the_callers_with_a_logins_variables() -> None:
 
 
 @pytest.mark.parametrize("fields", [
-    {"command": ["x"], "services": [{"command": ["y"]}]}, {"command": []}, {"services": [{"name": "A", "command": ["x"]}]},
+    {"command": ["x"], "services": [{"command": ["y"]}]}, {"command": []}, {"services": [{"name": "A",
+                                                                                          "command": ["x"]}]},
     {"services": [{"command": ["x"]}, {"command": ["y"]}]}, {"services": [{"name": "..", "command": ["x"]}]},
 ])
 def test_bad_services(fields: dict[str, Any]) -> None:
     services = fields.pop("services", None)
-    wanted = wire.CreateRequest(**fields, services=None if services is None else [wire.ServiceRequest(**s) for s in services])
+    wanted = wire.CreateRequest(**fields,
+                                services=None if services is None else [wire.ServiceRequest(**s) for s in services])
     with pytest.raises((InvalidCommand, InvalidName)):
         Blueprint.of(wanted, ALICE, Settings(RANGE, True, ""))
 
 
 def test_services_take_from_the_request_what_they_do_not_say() -> None:
-    wanted = wire.CreateRequest(name="web", env={"A": "1", "B": "2"}, cwd="/srv", umask=0o27, limits={"nofile": 9}, services=[
+    wanted = wire.CreateRequest(name="web", env={"A": "1", "B": "2"}, cwd="/srv", umask=0o27, limits={"nofile": 9},
+                                services=[
         wire.ServiceRequest(name="one", command=["x"], env={"B": "3"}, cwd="/one", setuid=True),
         wire.ServiceRequest(name="two", command=["y"])])
     made = Blueprint.of(wanted, ALICE, Settings(RANGE, True, "")).commands
@@ -173,7 +190,8 @@ def test_an_environment_without_a_name_gets_one() -> None:
 
 
 @given(st.fixed_dictionaries({"name": st.none() | st.text(max_size=70), "cwd": st.none() | st.text(max_size=5),
-                              "umask": st.integers(), "labels": st.dictionaries(st.text(max_size=4), st.text(max_size=4)),
+                              "umask": st.integers(), "labels": st.dictionaries(st.text(max_size=4),
+                                                                                st.text(max_size=4)),
                               "env": st.dictionaries(st.text(max_size=4), st.text(max_size=4)),
                               "command": st.none() | st.lists(st.text(max_size=4), max_size=3)}))
 def test_any_request_is_a_blueprint_or_refused_with_422(fields: dict[str, Any]) -> None:

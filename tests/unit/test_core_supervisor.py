@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from pathlib import Path
 
 import pytest
@@ -193,10 +194,8 @@ async def test_a_stop_that_fails_is_an_error_of_ours_and_can_be_tried_again(tmp_
         for number in range(len(steps)):
             await environments.start(environment)
             with world.faults.fail_at(number, failing):
-                try:
+                with contextlib.suppress(NetnsdError):
                     await environments.stop(environment, 0)
-                except NetnsdError:
-                    pass
             await settled()
             await environments.stop(environment, 0)
             await settled()
@@ -205,7 +204,7 @@ async def test_a_stop_that_fails_is_an_error_of_ours_and_can_be_tried_again(tmp_
 
 async def test_a_full_disk_does_not_lose_an_end(tmp_path: Path) -> None:
     world = World(tmp_path)
-    async with world.running() as environments:
+    async with world.running():
         environment = await make(world)
         launch = environment.services["s0"].launch_id
         assert launch is not None

@@ -1,0 +1,228 @@
+"""The promises of ``core.interfaces``."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+
+import pytest
+import trio
+
+from netnsd.core.interfaces import Exited, Listener, Opening, Publication
+from netnsd.errors import KernelError, LaunchFailed, NetnsTaken
+from tests.conformance.subjects import PLAN, Subjects, environment
+
+WEB, DB, FAR = PLAN.slot(0), PLAN.slot(1), PLAN.slot(251)
+OPEN_WEB = Opening(WEB.address, 61001, (Publication("tcp", 20000, 3000), Publication("udp", 20000, 53)))
+OPEN_DB = Opening(DB.address, 61002, (Publication("tcp", 20001, 5432),))
+
+
+# -- Network ----------------------------------------------------------------------------------------------------
+
+
+async def test_what_is_wired_is_there_and_what_is_unwired_is_not(subjects: Subjects) -> None:
+    network = subjects.network
+    for slot, name in ((WEB, "web"), (DB, "db"), (FAR, "web.alice")):
+        assert not network.is_taken(name)
+        await network.wire(slot, name)
+        assert network.is_taken(name)
+        assert await network.intact(slot, name)
+        assert not await network.intact(slot, "other")
+    assert await network.observe() == {0, 1, 251}
+    await network.unwire([(WEB, "web"), (FAR, "web.alice")])
+    assert await network.observe() == {1}
+    assert not network.is_taken("web")
+    assert not await network.intact(WEB, "web")
+    assert await network.intact(DB, "db")
+
+
+async def test_unwiring_again_and_unwiring_nothing_are_fine(subjects: Subjects) -> None:
+    await subjects.network.wire(WEB, "web")
+    for _ in range(2):
+        await subjects.network.unwire([(WEB, "web"), (DB, "never-was")])
+    await subjects.network.unwire([])
+    assert await subjects.network.observe() == set()
+
+
+async def test_a_slot_can_be_wired_again_at_once_under_another_name(subjects: Subjects) -> None:
+    for number in range(5):
+        await subjects.network.wire(WEB, f"e{number}")
+        await subjects.network.unwire([(WEB, f"e{number}")])
+    assert await subjects.network.observe() == set()
+
+
+async def test_a_foreign_namespace_is_taken_refused_and_untouched(subjects: Subjects) -> None:
+    await subjects.make_foreign("theirs")
+    assert subjects.network.is_taken("theirs")
+    with pytest.raises(NetnsTaken):
+        await subjects.network.wire(WEB, "theirs")
+    assert await subjects.network.observe() == set()
+    await subjects.network.unwire([(WEB, "theirs")])
+    assert subjects.network.is_taken("theirs")
+
+
+async def test_an_orphan_is_unwired_without_its_name(subjects: Subjects) -> None:
+    await subjects.network.wire(WEB, "web")
+    await subjects.network.unwire([(WEB, "")])
+    assert await subjects.network.observe() == set()
+    assert not subjects.network.is_taken("web")
+
+
+async def test_listeners_are_of_the_slot_and_furnishing_may_be_done_again(subjects: Subjects) -> None:
+    for slot, name in ((WEB, "web"), (DB, "db")):
+        await subjects.network.wire(slot, name)
+        for _ in range(2):
+            await subjects.network.furnish(slot, OPEN_WEB.publications)
+    await subjects.listen(WEB, "tcp", 80)
+    await subjects.listen(WEB, "udp", 53)
+    assert await subjects.network.listeners(WEB) == {Listener("tcp", "0.0.0.0", 80), Listener("udp", "0.0.0.0", 53)}
+    assert await subjects.network.listeners(DB) == frozenset()
+
+
+async def test_what_is_not_wired_cannot_be_furnished_or_asked(subjects: Subjects) -> None:
+    with pytest.raises(KernelError):
+        await subjects.network.furnish(WEB, ())
+    with pytest.raises(KernelError):
+        await subjects.network.listeners(WEB)
+
+
+# -- Firewall ---------------------------------------------------------------------------------------------------
+
+
+async def test_rules_are_restored_once_and_drift_is_seen(subjects: Subjects) -> None:
+    firewall = subjects.firewall
+    await firewall.restore([])
+    assert not await firewall.restore([])
+    await firewall.open(OPEN_WEB)
+    await firewall.open(OPEN_WEB)
+    assert not await firewall.restore([OPEN_WEB])
+    assert await firewall.restore([OPEN_WEB, OPEN_DB])
+    await subjects.drift()
+    assert await firewall.restore([OPEN_WEB, OPEN_DB])
+    assert not await firewall.restore([OPEN_DB, OPEN_WEB])
+    await firewall.close([OPEN_WEB])
+    assert await firewall.restore([OPEN_WEB, OPEN_DB])
+    for _ in range(2):
+        await firewall.close([OPEN_WEB, OPEN_DB])
+    assert not await firewall.restore([])
+
+
+async def test_opening_what_another_has_is_refused_whole(subjects: Subjects) -> None:
+    await subjects.firewall.restore([OPEN_DB])
+    with pytest.raises(KernelError):
+        await subjects.firewall.open(Opening(WEB.address, 61001, (Publication("tcp", 20005, 1),
+                                                                 Publication("tcp", 20001, 1))))
+    assert not await subjects.firewall.restore([OPEN_DB])
+
+
+# -- Cgroups ----------------------------------------------------------------------------------------------------
+
+
+async def test_groups_come_with_parents_and_go_with_what_is_below(subjects: Subjects) -> None:
+    for _ in range(2):
+        await subjects.cgroups.create("nd0/s-main")
+    await subjects.cgroups.create("nd1")
+    assert subjects.cgroups.observe() == ["nd0", "nd1"]
+    for _ in range(2):
+        await subjects.cgroups.remove("nd0")
+    assert subjects.cgroups.observe() == ["nd1"]
+
+
+async def test_a_group_that_is_not_there_is_empty(subjects: Subjects) -> None:
+    assert subjects.cgroups.pids("nd7/none") == []
+    assert not subjects.cgroups.populated("nd7/none")
+    subjects.cgroups.signal("nd7/none", 15)
+    with trio.fail_after(2):
+        await subjects.cgroups.empty("nd7/none")
+
+
+# -- Processes --------------------------------------------------------------------------------------------------
+
+
+@asynccontextmanager
+async def place(subjects: Subjects) -> AsyncIterator[int]:
+    """A wired slot with a cgroup; yields a log."""
+    await subjects.network.wire(WEB, "web")
+    await subjects.cgroups.create("nd0/s-main")
+    log = os.open("/dev/null", os.O_WRONLY)
+    yield log
+    os.close(log)
+
+
+async def ended(subjects: Subjects, launch_id: str) -> int | None:
+    with trio.fail_after(5):
+        while True:
+            exited = await subjects.processes.exits.receive()
+            assert isinstance(exited, Exited)
+            if exited.launch_id == launch_id:
+                return exited.code
+
+
+async def test_a_launch_runs_in_its_cgroup_and_its_end_is_told_until_acknowledged(subjects: Subjects) -> None:
+    async with place(subjects) as log:
+        launch = subjects.launch(WEB, "web", "exec sleep 60", log)
+        pid = await subjects.processes.launch(launch)
+        assert subjects.cgroups.pids("nd0") == subjects.cgroups.pids("nd0/s-main") == [pid]
+        running, _ = await subjects.processes.known()
+        assert [(r.launch_id, r.pid) for r in running] == [(launch.launch_id, pid)]
+        await subjects.end(launch, pid)
+        assert await ended(subjects, launch.launch_id) == 137
+        with trio.fail_after(5):
+            await subjects.cgroups.empty("nd0")
+        assert not subjects.cgroups.populated("nd0")
+        running, exits = await subjects.processes.known()
+        assert (list(running), list(exits)) == ([], [Exited(launch.launch_id, 137)])
+        subjects.processes.acknowledge(launch.launch_id)
+        assert [list(part) for part in await subjects.processes.known()] == [[], []]
+
+
+async def test_removing_a_cgroup_ends_what_lives_in_it(subjects: Subjects) -> None:
+    async with place(subjects) as log:
+        launch = subjects.launch(WEB, "web", "trap '' TERM; sleep 60 & wait", log)
+        await subjects.processes.launch(launch)
+        with trio.fail_after(5):
+            await subjects.cgroups.remove("nd0")
+        assert await ended(subjects, launch.launch_id) == 137
+        assert subjects.cgroups.observe() == []
+
+
+async def test_what_cannot_be_started_names_its_stage_and_leaves_nothing(subjects: Subjects) -> None:
+    async with place(subjects) as log:
+        with pytest.raises(LaunchFailed) as caught:
+            await subjects.processes.launch(subjects.launch(WEB, "web", "missing", log))
+        assert (caught.value.details["stage"], caught.value.details["errno"]) == ("exec", "ENOENT")
+        await subjects.cgroups.remove("nd0/s-main")
+        with pytest.raises(LaunchFailed) as caught:
+            await subjects.processes.launch(subjects.launch(WEB, "web", "exec sleep 60", log))
+        assert caught.value.details["stage"] == "cgroup"
+        assert [list(part) for part in await subjects.processes.known()] == [[], []]
+
+
+# -- Files and Store --------------------------------------------------------------------------------------------
+
+
+async def test_files_come_and_go(subjects: Subjects) -> None:
+    one, two = environment(WEB, "web"), environment(DB, "db")
+    assert subjects.files.observe() == set()
+    hosts, _ = subjects.files.furnish(one)
+    assert subjects.files.furnish(one)[0] == hosts
+    log = subjects.files.open_log(two, "main")
+    assert os.write(log, b"x") == 1
+    os.close(log)
+    assert subjects.files.log_path(two.id, "main") != subjects.files.log_path(two.id, "other")
+    assert subjects.files.observe() == {one.id, two.id}
+    for _ in range(2):
+        subjects.files.remove(one.id)
+    assert subjects.files.observe() == {two.id}
+    subjects.files.remove(two.id)
+    assert subjects.files.observe() == set()
+
+
+async def test_rows_are_written_whole_or_not(subjects: Subjects) -> None:
+    with subjects.store.transaction():
+        subjects.store.add(environment(WEB, "web"))
+    with pytest.raises(RuntimeError), subjects.store.transaction():  # noqa: PT012
+        subjects.store.delete("id-web")
+        raise RuntimeError
+    assert subjects.store.environments() == [environment(WEB, "web")]
