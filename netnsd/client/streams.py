@@ -24,7 +24,7 @@ Examples:
   netnsctl logs -f web
   netnsctl logs --tail 20 --service db shop""")
 @click.argument("ref", shell_complete=complete_refs)
-@click.option("-f", "--follow", is_flag=True, help="Go on with what comes, until ^C or the environment is removed.")
+@click.option("-f", "--follow", is_flag=True, help="Go on with what comes, until ^C or the service ends.")
 @click.option("-n", "--tail", type=click.IntRange(min=0), metavar="N", help="Only the last N lines.")
 @click.option("--service", metavar="NAME", help="Which server's, where there are several (default: main).")
 @click.pass_context

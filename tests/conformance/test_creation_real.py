@@ -54,7 +54,8 @@ async def held(subjects: Subjects, environments: Environments) -> dict[str, Any]
 
     links = await output("ip", "-o", "link")
     found = {
-        "links": [line.split(": ")[1] for line in links.splitlines() if "nd" in line and "ndbr" not in line.split(": ")[1]],
+        "links": [line.split(": ")[1] for line in links.splitlines()
+                  if line.split(": ")[1].startswith("nd") and not line.split(": ")[1].startswith("ndbr")],
         "neighbours": await output("ip", "neighbour", "show", "nud", "permanent"),
         "names": os.listdir("/run/netns"), "pins": os.listdir(subjects.directory / "run" / "slots"),
         "elements": (await output("nft", "list", "map", "ip", "netnsd", "published")).count(" : 10.203")

@@ -82,7 +82,8 @@ async def test_restoring_what_is_right_changes_nothing(table: Table) -> None:
     "delete element ip netnsd published { tcp . 20000 }", "delete element ip netnsd owners { 10.203.0.4 . 61002 }",
     "add element ip netnsd published { tcp . 29999 : 10.203.0.9 . 1 }",
     "add element ip netnsd owners { 10.203.0.2 . 61002 }",
-    "delete element ip netnsd published { tcp . 20000 }; add element ip netnsd published { tcp . 20000 : 10.203.0.2 . 1 }",
+    ("delete element ip netnsd published { tcp . 20000 };"
+    "add element ip netnsd published { tcp . 20000 : 10.203.0.2 . 1 }"),
     "insert rule ip netnsd from_host accept", "add rule ip netnsd to_host accept", "add chain ip netnsd strange",
     "add element ip netnsd pairs { 10.203.0.2 . 10.203.0.3 }", 'add element ip netnsd uplinks { "eth9" }',
     "flush set ip netnsd uplinks; flush chain ip netnsd through",
@@ -135,7 +136,8 @@ async def test_closing_when_the_table_is_gone_is_fine(table: Table) -> None:
 
 
 async def test_many_elements_are_restored(table: Table) -> None:
-    many = [Opening(f"10.203.{n // 250}.{n % 250 + 2}", 61001, (Publication("tcp", 20000 + n, 80),)) for n in range(2000)]
+    many = [Opening(f"10.203.{n // 250}.{n % 250 + 2}", 61001, (Publication("tcp", 20000 + n, 80),))
+            for n in range(2000)]
     await table.firewall.restore(many)
     assert not await table.firewall.restore(many)
     assert await table.firewall.restore(many[1:])

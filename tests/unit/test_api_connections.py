@@ -134,7 +134,8 @@ async def test_a_client_that_leaves_before_its_answer_does_not_count(
     environment = await served.world.environments.create(request("web", "server", ports=1), ALICE)
     for _ in range(2 * CAP):
         async with served.client() as client:
-            await client.send(b"GET /v1/environments/web/wait?timeout=0.05 HTTP/1.1\r\nHost: netnsd\r\n\r\n" * pipelined)
+            wait = b"GET /v1/environments/web/wait?timeout=0.05 HTTP/1.1\r\nHost: netnsd\r\n\r\n"
+            await client.send(wait * pipelined)
             await trio.sleep(0.01)
         await until_open(served, 0)
     assert environment in served.world.environments.registry

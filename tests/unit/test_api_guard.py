@@ -18,10 +18,12 @@ from netnsd.errors import BadRequest
 from tests.fakes.serving import Served, serving
 
 HOST = b"Host: netnsd\r\n"
+POST = b"POST /v1/environments HTTP/1.1\r\n" + HOST
 HEALTH = b"GET /v1/health HTTP/1.1\r\n" + HOST
 
 REFUSED = {
-    "Content-Length and Transfer-Encoding": HEALTH + b"Content-Length: 3\r\nTransfer-Encoding: chunked\r\n\r\n0\r\n\r\n",
+    "Content-Length and Transfer-Encoding":
+        HEALTH + b"Content-Length: 3\r\nTransfer-Encoding: chunked\r\n\r\n0\r\n\r\n",
     "Transfer-Encoding": HEALTH + b"Transfer-Encoding: chunked\r\n\r\n0\r\n\r\n",
     "Transfer-Encoding in odd case": HEALTH + b"tRANSFER-eNCODING: identity\r\n\r\n",
     "Transfer-Encoding before a space": HEALTH + b"Transfer-Encoding : chunked\r\n\r\n",
@@ -99,7 +101,7 @@ async def test_refusal_reaches_a_client_that_sends_byte_by_byte(served: Served) 
 async def test_good_requests_byte_by_byte_are_answered(served: Served) -> None:
     async with served.client() as client:
         for _ in range(2):
-            for byte in b"POST /v1/environments HTTP/1.1\r\n" + HOST + b"Content-Length: 14\r\n\r\n" + b'{"name":"A!!"}':
+            for byte in POST + b"Content-Length: 14\r\n\r\n" + b'{"name":"A!!"}':
                 await client.send(bytes([byte]))
             assert (await client.answer()).code == "invalid_name"
 
@@ -121,7 +123,7 @@ async def test_requests_that_are_sent_together_are_answered_in_order(served: Ser
 async def test_a_body_that_looks_like_a_request_is_a_body(served: Served) -> None:
     inner = HEALTH + b"\r\n"
     async with served.client() as client:
-        await client.send(b"POST /v1/environments HTTP/1.1\r\n%sContent-Length: %d\r\n\r\n%s" % (HOST, len(inner), inner))
+        await client.send(POST + b"Content-Length: %d\r\n\r\n%s" % (len(inner), inner))
         assert (await client.answer()).code == "bad_json"
         assert (await client.ask("GET", "/v1/info")).json["pid"] == 1
 
@@ -157,7 +159,7 @@ async def test_a_bad_request_during_a_stream_does_not_end_the_server(served: Ser
 
 async def test_expect_100_is_answered(served: Served) -> None:
     async with served.client() as client:
-        await client.send(b"POST /v1/environments HTTP/1.1\r\n%sContent-Length: 2\r\nExpect: 100-continue\r\n\r\n" % HOST)
+        await client.send(POST + b"Content-Length: 2\r\nExpect: 100-continue\r\n\r\n")
         assert (await client.answer(has_body=False)).status == 100
         await client.send(b"{}")
         assert (await client.answer()).status == 201
@@ -180,7 +182,8 @@ def test_large_heads_are_checked_in_bounded_time(head: bytes) -> None:
     assert time.perf_counter() - begun < 0.1
 
 
-@given(st.lists(st.sampled_from([b"GET / HTTP/1.1\r\nHost: x\r\n", b"\r\n", b"\n", b"\r", b" ", b"\t", b":", b"a", b"1", b"Content-Length", b"GET /",
+@given(st.lists(st.sampled_from([b"GET / HTTP/1.1\r\nHost: x\r\n", b"\r\n",
+                                  b"\n", b"\r", b" ", b"\t", b":", b"a", b"1", b"Content-Length", b"GET /",
                                  b"HTTP/1.1", b"\0", b"\xff", b"\r\n\r\n", b"Host: x"]), max_size=30).map(b"".join))
 def test_any_head_is_a_length_or_refused(head: bytes) -> None:
     try:
