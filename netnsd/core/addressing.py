@@ -71,6 +71,8 @@ class Plan:
         self._stride = 1 << host_bits
         self.bridges = 1 << (self.prefix_length - self.supernet.prefixlen)
         self.slots = self.bridges * bridge_ports
+        if self.bridges > FIRST_PORT_IFINDEX - FIRST_BRIDGE_IFINDEX:
+            raise ValueError(f"{supernet} with {bridge_ports} ports a bridge makes {self.bridges} bridges")
 
     def bridge(self, index: int) -> Bridge:
         """The bridge with that index, 0 to ``bridges - 1``."""

@@ -179,6 +179,8 @@ class Environments:
 
     async def _furnish_behind(self, environment: Environment) -> None:
         """Furnish after the answer: nothing runs there yet. A failure shows when something is to run."""
+        if environment not in self.registry:
+            return
         async with self._lock(environment.id):
             if environment.state == "ready":
                 try:

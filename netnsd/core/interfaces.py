@@ -90,11 +90,11 @@ class Cgroups(Protocol):
         ...
 
     def pids(self, path: str) -> list[int]:
-        """The processes in the group and below it, lowest first; empty where there is no such group."""
+        """The processes in the group and below it, lowest first; none where it is not there. Raises KernelError."""
         ...
 
     def populated(self, path: str) -> bool:
-        """Whether any process lives in the group or below it."""
+        """Whether any process lives in the group or below it. Raises KernelError."""
         ...
 
     def signal(self, path: str, signal: int) -> None:

@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from netnsd.core.environments import Adapters, Emit
 
 _REPORT_SECONDS = 1.0
+_WATCH_AGAIN_SECONDS = 1.0
 
 
 class Supervisor:
@@ -177,8 +178,13 @@ class Supervisor:
             self._early[exited.launch_id] = exited.code
             return
         service = service.changed(exit_code=exited.code)
-        if self._a.cgroups.populated(group_of(environment, name)):
-            remaining = self._a.cgroups.pids(group_of(environment, name))
+        group = group_of(environment, name)
+        try:
+            lives = self._a.cgroups.populated(group)
+            remaining = self._a.cgroups.pids(group) if lives else []
+        except NetnsdError:  # out of descriptors, say: watched until it can be told
+            lives, remaining = True, []
+        if lives:
             if self._note(environment, service.changed(pid=remaining[0] if remaining else None)):
                 self._a.processes.acknowledge(exited.launch_id)
             self._watch(environment, service)
@@ -197,7 +203,12 @@ class Supervisor:
         self._nursery.start_soon(self._watch_group, environment, service)
 
     async def _watch_group(self, environment: Environment, service: Service) -> None:
-        await self._a.cgroups.empty(group_of(environment, service.name))
+        while True:
+            try:
+                await self._a.cgroups.empty(group_of(environment, service.name))
+                break
+            except NetnsdError:  # it cannot be watched now; what it is watched for still comes
+                await trio.sleep(_WATCH_AGAIN_SECONDS)
         current = environment.services[service.name]
         if current.launch_id == service.launch_id and service.launch_id in self._launches:
             self._ended(environment, current)

@@ -9,7 +9,7 @@ import trio
 
 from netnsd.core.environment import Environment
 from netnsd.core.interfaces import Network
-from netnsd.errors import NotFound, WaitTimeout, WrongState
+from netnsd.errors import KernelError, NotFound, WaitTimeout, WrongState
 
 Aim = Literal["ready", "exit", "gone"]
 _FIRST_PAUSE_SECONDS, _LONGEST_PAUSE_SECONDS = 0.01, 0.2
@@ -62,8 +62,12 @@ class Waits:
                         f"service {service.name!r} of {environment.name!r} {service.state} before it was ready"
                         f" (exit code {service.exit_code})", hint="`netnsctl logs` shows what it said.",
                         service=service.name, exit_code=service.exit_code)
-            if environment.state == "ready" and not await self._silent_ports(environment):
-                return
+            try:
+                if environment.state == "ready" and not await self._silent_ports(environment):
+                    return
+            except KernelError:
+                self.require(environment)  # it was removed while it was looked at
+                raise
             await trio.sleep(pause)
             pause = min(pause * 1.5, _LONGEST_PAUSE_SECONDS)
 

@@ -105,13 +105,19 @@ class CgroupTree:
     def pids(self, path: str) -> list[int]:
         """The processes in the group and below it, lowest first; empty where there is no such group."""
         found: set[int] = set()
-        for directory in _groups(self.path(path)):
-            found.update(_members(directory))
+        try:
+            for directory in _groups(self.path(path)):
+                found.update(_members(directory))
+        except OSError as error:
+            raise KernelError.at("cgroup", error) from error
         return sorted(found)
 
     def populated(self, path: str) -> bool:
         """Whether any process lives in the group or below it."""
-        return _populated(self.path(path))
+        try:
+            return _populated(self.path(path))
+        except OSError as error:
+            raise KernelError.at("cgroup", error) from error
 
     def signal(self, path: str, signal: int) -> None:
         """Send ``signal`` to each process in the group and below it. Raises KernelError."""
@@ -148,7 +154,7 @@ class CgroupTree:
         waiting.add(event)
         self._watched[watch] = directory
         try:
-            while _populated(directory):
+            while self.populated(path):
                 await event.wait()
                 waiting.discard(event)
                 event = trio.Event()
