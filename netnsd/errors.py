@@ -29,7 +29,8 @@ class NetnsdError(Exception):
 
     def __init__(self, message: str, *, hint: str = "", **details: Any) -> None:
         super().__init__(message)
-        self.message = message
+        # A file name may hold what no encoder takes.
+        self.message = message.encode("utf-8", "replace").decode()
         self.hint = hint
         self.details = details
 

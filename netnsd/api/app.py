@@ -29,7 +29,7 @@ from netnsd.errors import (
     ShuttingDown,
 )
 
-BODY_BYTES = 1 << 20
+BODY_BYTES = 512 << 10
 BODY_SECONDS = 10.0
 
 _HEADERS = {problems.VERSION_HEADER: __version__}
@@ -40,21 +40,22 @@ _log = structlog.get_logger()
 def application(context: Context) -> Starlette:
     """The application for one daemon."""
     document = _encode(openapi.document())
+    large = trio.Lock()
 
     async def openapi_json(_request: Request) -> Response:
         return Response(document, media_type="application/json", headers=_HEADERS)
 
     app = Starlette(
         routes=[StarletteRoute("/openapi.json", openapi_json, methods=["GET"]),
-                *(_row(route, context) for route in ROUTES)],
+                *(_row(route, context, large) for route in ROUTES)],
         exception_handlers={HTTPException: _unrouted},
     )
     app.router.redirect_slashes = False  # a path with a slash too many is another path, and an error
     return app
 
 
-def _row(route: Route, context: Context) -> StarletteRoute:
-    row = StarletteRoute(route.path, _Endpoint(route, context), methods=[route.method])
+def _row(route: Route, context: Context, large: trio.Lock) -> StarletteRoute:
+    row = StarletteRoute(route.path, _Endpoint(route, context, large), methods=[route.method])
     if route.answer is None and row.methods is not None:
         row.methods.discard("HEAD")  # a stream without its body would go on unseen
     return row
@@ -63,9 +64,10 @@ def _row(route: Route, context: Context) -> StarletteRoute:
 class _Endpoint:
     """Serves one row of the table. A class, so that Starlette calls it as an ASGI application."""
 
-    def __init__(self, route: Route, context: Context) -> None:
+    def __init__(self, route: Route, context: Context, large: trio.Lock) -> None:
         self._route = route
         self._context = context
+        self._large = large
 
     async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
         request = Request(scope, receive)
@@ -88,15 +90,39 @@ class _Endpoint:
         if request.state.stopping():
             raise ShuttingDown("the daemon is stopping", hint="Environments stay; try again when it is back.")
         raw = await _body(request)
-        body = json_body.parse(raw, self._route.body) if self._route.body is not None else None
+        body = await json_body.parse_in_turn(raw, self._route.body, self._large) if self._route.body else None
         query: dict[str, list[str]] = {}
         for name, value in request.query_params.multi_items():
             query.setdefault(name, []).append(value)
         call = Call(self._context, request.state.actor, request.path_params.get("ref", ""), query, body)
-        answer = await self._route.handler(call)
+        answer = await (self._while_there(request, call) if self._route.waits else self._route.handler(call))
         if self._route.answer is None:
             return _Stream(answer, media_type=self._route.content_type, headers=_HEADERS)
         return Response(_encode(answer), self._route.status, media_type="application/json", headers=_HEADERS)
+
+
+    async def _while_there(self, request: Request, call: Call) -> Any:
+        """The handler's answer, unless the client leaves first: nobody waits for it then."""
+        answer: Any = None
+        failure: NetnsdError | None = None
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(_until_left, request, nursery.cancel_scope)
+            try:
+                answer = await self._route.handler(call)
+            except NetnsdError as error:
+                failure = error
+            nursery.cancel_scope.cancel()
+        if failure is not None:
+            raise failure
+        if answer is None:
+            raise ClientDisconnect
+        return answer
+
+
+async def _until_left(request: Request, scope: trio.CancelScope) -> None:
+    while (await request.receive())["type"] != "http.disconnect":
+        pass
+    scope.cancel()
 
 
 async def _body(request: Request) -> bytes:

@@ -32,6 +32,7 @@ class AttachServer:
     def __init__(self, environments: Environments, *, filters_descriptors: bool) -> None:
         self._environments = environments
         self._filters = filters_descriptors
+        self._large = trio.Lock()
 
     @property
     def refusal(self) -> bytes:
@@ -39,22 +40,35 @@ class AttachServer:
         return frame(problems.body_of(TooManyConnections("you have too many connections open", hint="Close some.")))
 
     async def handle(self, connection: trio.socket.SocketType, actor: Actor) -> None:
-        """Read one request, and hand the connection over or answer why not."""
+        """Read one request, and hand the connection over or answer why not.
+
+        Lasts as long as the session, so that sessions count as connections of their user.
+        """
+        ended = await self._hand_over(connection, actor)
+        if ended is not None:
+            try:
+                await trio.lowlevel.wait_readable(ended)
+            finally:
+                os.close(ended)
+
+    async def _hand_over(self, connection: trio.socket.SocketType, actor: Actor) -> int | None:
         try:
             try:
-                request = json_body.parse(await self._read(connection), wire.ExecRequest)
+                request = await json_body.parse_in_turn(await self._read(connection), wire.ExecRequest, self._large)
                 os.set_blocking(connection.fileno(), True)  # as whoever gets it next expects
-                await self._environments.attach(request, actor, connection.fileno())
+                return await self._environments.attach(request, actor, connection.fileno())
             except NetnsdError as error:
                 await _send(connection, problems.body_of(error))
             except (OSError, EOFError):
-                return
+                return None
             except Exception:  # the one place where a fault becomes an answer  # noqa: BLE001
                 _log.exception("attach_failed")
                 await _send(connection, problems.body_of(InternalError("a fault in netnsd",
                                                                        hint="The daemon's log has the details.")))
+            return None
         finally:
-            close(connection, filters_descriptors=self._filters)
+            # Whoever has it now lets its client send descriptors: they may lie unread in it.
+            close(connection, filters_descriptors=False)
 
     async def _read(self, connection: trio.socket.SocketType) -> bytes:
         with trio.move_on_after(BODY_SECONDS):

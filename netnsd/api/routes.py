@@ -78,7 +78,10 @@ class Call:
 
 @dataclass(frozen=True, slots=True)
 class Route:
-    """One row. ``answer`` None: a stream, of ``content_type``. ``query``: parameter name to what it means."""
+    """One row. ``answer`` None: a stream, of ``content_type``. ``query``: parameter name to what it means.
+
+    ``waits``: it changes nothing and may take long, so it ends with its client.
+    """
 
     method: str
     path: str
@@ -90,6 +93,7 @@ class Route:
     status: int = 200
     content_type: str = "application/json"
     query: dict[str, str] = field(default_factory=dict)
+    waits: bool = False
 
 
 class Nothing(wire.Answer, frozen=True, kw_only=True):
@@ -217,7 +221,7 @@ ROUTES: tuple[Route, ...] = (
     Route("POST", _REF + "/restart", Permission.OWNER, _restart, "Stop and start its services", wire.Environment,
           body=wire.StopRequest),
     Route("GET", _REF + "/wait", Permission.OWNER, _wait, "Wait for a state", wire.Environment,
-          query={"for": "ready, exit or gone", "timeout": "seconds, 60 by default"}),
+          query={"for": "ready, exit or gone", "timeout": "seconds, 60 by default"}, waits=True),
     Route("GET", _REF + "/logs", Permission.OWNER, _logs, "What a service wrote to stdout and stderr", None,
           content_type="application/octet-stream",
           query={"service": "which, the first by default", "tail": "so many last lines only",

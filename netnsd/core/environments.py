@@ -30,6 +30,7 @@ from netnsd.errors import KernelError, NetnsdError, StoreError
 
 _UNDO_SECONDS = 30.0
 _REMOVAL_BATCH = 256
+_KILL_AGAIN_SECONDS = 0.5
 _EXEC_GROUP = "exec"
 
 
@@ -82,11 +83,12 @@ class Environments:
 
     async def check(self) -> bool:
         """Put the host's rules right, and try again what could not be removed. Returns whether rules were wrong."""
-        for environment in self.registry.all():
-            if environment.state == "removing" and not self._lock(environment.id).statistics().locked:
-                await self._remove_quietly(environment)
-        # One that is being made is included: its elements may be there already, and adding one twice is fine.
-        return await self._a.firewall.restore([_opening(e) for e in self.registry.all() if e.state != "removing"])
+        was_wrong = await self._a.firewall.check()
+        async with trio.open_nursery() as nursery:
+            for environment in self.registry.all():
+                if environment.state == "removing" and not self._lock(environment.id).statistics().locked:
+                    nursery.start_soon(self._remove_quietly, environment)
+        return was_wrong
 
     async def _take_over(self) -> None:
         desired = self._a.store.environments()
@@ -210,8 +212,11 @@ class Environments:
             for service in list(environment.services.values()):
                 await self._supervisor.start(environment, service)
 
-    async def attach(self, request: wire.ExecRequest, actor: Actor, connection: int) -> None:
-        """Run a command in an environment on descriptors that the peer of ``connection`` (borrowed) will send."""
+    async def attach(self, request: wire.ExecRequest, actor: Actor, connection: int) -> int:
+        """Run a command in an environment on descriptors that the peer of ``connection`` (borrowed) will send.
+
+        Returns a descriptor that can be read from when the session has ended. The caller closes it.
+        """
         environment = self.registry.find(request.ref, actor)
         command = specification.command(
             argv=request.command, env=request.env, cwd=request.cwd, umask=request.umask, limits=request.limits,
@@ -221,7 +226,7 @@ class Environments:
             group = f"{environment.slot.cgroup}/{_EXEC_GROUP}"
             await self._a.cgroups.create(group)
             launch = self._supervisor.launch_of(environment, command, group, uuid.uuid4().hex)
-            await self._a.processes.attach(replace(launch, tty=request.tty), connection)
+            return await self._a.processes.attach(replace(launch, tty=request.tty), connection)
 
     async def wait(self, environment: Environment, aim: Aim, timeout_seconds: float) -> None:
         """See ``waiting.Waits``."""
@@ -234,15 +239,25 @@ class Environments:
 
         Raises KernelError where something could not be removed; it is tried again later.
         """
-        was_ready = environment.state == "ready"
         self._mark_removing(environment)
+        lock = self._lock(environment.id)
         with trio.CancelScope(shield=True):
-            if was_ready:  # who holds the lock may be waiting for servers to end
-                with contextlib.suppress(NetnsdError):  # tried again, and told, below
-                    await self._a.cgroups.remove(environment.slot.cgroup)
-            async with self._lock(environment.id):
+            await self._wrest(environment, lock)
+            try:
                 if environment in self.registry:
                     await self._tear_down(environment)
+            finally:
+                lock.release()
+
+    async def _wrest(self, environment: Environment, lock: trio.Lock) -> None:
+        """Take the lock from who waits for servers to start or to end: kill them, again while new ones come."""
+        while True:
+            with contextlib.suppress(NetnsdError):  # told when it is torn down
+                await self._a.cgroups.remove(environment.slot.cgroup)
+            with trio.move_on_after(_KILL_AGAIN_SECONDS) as waited:
+                await lock.acquire()
+            if not waited.cancelled_caught:
+                return
 
     async def _undo(self, environment: Environment) -> None:
         self._mark_removing(environment)

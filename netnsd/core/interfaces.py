@@ -64,8 +64,11 @@ class Processes(Protocol):
         """Start it and return its pid once it has been exec'd. Raises LaunchFailed, LauncherUnavailable."""
         ...
 
-    async def attach(self, launch: Launch, connection: int) -> None:
-        """Hand ``connection`` (a socket of attach.sock, borrowed) over: its peer sends the command's descriptors."""
+    async def attach(self, launch: Launch, connection: int) -> int:
+        """Hand ``connection`` (a socket of attach.sock, borrowed) over: its peer sends the command's descriptors.
+
+        Returns a descriptor that can be read from when the session has ended. The caller closes it.
+        """
         ...
 
     async def known(self) -> tuple[Sequence[Running], Sequence[Exited]]:
@@ -194,6 +197,10 @@ class Firewall(Protocol):
         """Make table and elements exactly these; returns whether anything had to be changed."""
         ...
 
+    async def check(self) -> bool:
+        """Make them what was opened and not closed, at the moment of looking; returns whether they were not."""
+        ...
+
     def is_listening(self, protocol: str, port: int) -> bool:
         """Whether a socket of the host has that port already."""
         ...
@@ -235,7 +242,7 @@ class Files(Protocol):
         ...
 
     def open_log(self, environment: Environment, service: str) -> int:
-        """Open a service's log for append, owned by the environment's user, 0600. The caller closes it."""
+        """Open a service's log for append; the environment's user may open it too. The caller closes it."""
         ...
 
     def log_path(self, environment_id: str, service: str) -> str:

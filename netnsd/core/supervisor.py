@@ -34,6 +34,7 @@ class Supervisor:
         self._launches: dict[str, tuple[Environment, str]] = {}
         self._early: dict[str, int | None] = {}
         self._losses = 0
+        self._watched: set[str] = set()
         self._nursery: trio.Nursery | None = None
         self._pulse = trio.Event()
 
@@ -200,15 +201,19 @@ class Supervisor:
 
     def _watch(self, environment: Environment, service: Service) -> None:
         assert self._nursery is not None
-        self._nursery.start_soon(self._watch_group, environment, service)
+        if service.launch_id is not None and service.launch_id not in self._watched:
+            self._watched.add(service.launch_id)
+            self._nursery.start_soon(self._watch_group, environment, service)
 
     async def _watch_group(self, environment: Environment, service: Service) -> None:
+        assert service.launch_id is not None
         while True:
             try:
                 await self._a.cgroups.empty(group_of(environment, service.name))
                 break
             except NetnsdError:  # it cannot be watched now; what it is watched for still comes
                 await trio.sleep(_WATCH_AGAIN_SECONDS)
+        self._watched.discard(service.launch_id)
         current = environment.services[service.name]
         if current.launch_id == service.launch_id and service.launch_id in self._launches:
             self._ended(environment, current)

@@ -12,6 +12,8 @@ from netnsd.core.interfaces import Network
 from netnsd.errors import KernelError, NotFound, WaitTimeout, WrongState
 
 Aim = Literal["ready", "exit", "gone"]
+_FRESH_SECONDS = 0.01
+_MOST_HEARD = 256
 _FIRST_PAUSE_SECONDS, _LONGEST_PAUSE_SECONDS = 0.01, 0.2
 
 
@@ -29,6 +31,8 @@ class Waits:
         self._network = network
         self._exists = exists
         self._changed = changed
+        self._looking = trio.Lock()
+        self._heard: dict[str, tuple[float, frozenset[tuple[str, int]]]] = {}
 
     async def wait(self, environment: Environment, aim: Aim, timeout_seconds: float) -> None:
         """Return when it is ``ready`` (declared ports have listeners), its services ended (``exit``), or ``gone``.
@@ -74,8 +78,22 @@ class Waits:
     async def _silent_ports(self, environment: Environment) -> list[str]:
         if not environment.ports:
             return []
-        heard = {(x.protocol, x.port) for x in await self._network.listeners(environment.slot)}
+        heard = await self._listeners(environment)
         return [f"{p.port}/{p.protocol}" for p in environment.ports if (p.protocol, p.port) not in heard]
+
+    async def _listeners(self, environment: Environment) -> frozenset[tuple[str, int]]:
+        """What listens inside, at most a moment old: many may wait, and looking takes the one thread that creates."""
+        async with self._looking:
+            seen = self._heard.get(environment.id)
+            began = trio.current_time()
+            if seen is None or began > seen[0]:
+                found = frozenset((x.protocol, x.port) for x in await self._network.listeners(environment.slot))
+                if len(self._heard) >= _MOST_HEARD:
+                    self._heard.clear()
+                # An environment with very many sockets is looked at less often.
+                spent = trio.current_time() - began
+                seen = self._heard[environment.id] = (began + max(_FRESH_SECONDS, 5 * spent), found)
+            return seen[1]
 
     async def _until_exit(self, environment: Environment) -> None:
         while environment.state == "creating" or any(

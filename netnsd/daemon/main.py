@@ -37,7 +37,9 @@ def main() -> None:
               metavar="DIR", help="Sockets and pins; gone after a reboot.")
 @click.option("--state-dir", type=click.Path(path_type=Path), default=Path("/var/lib/netnsd"), show_default=True,
               metavar="DIR", help="The state file and logs.")
-def serve(file: Path | None, runtime_dir: Path, state_dir: Path) -> None:
+@click.option("--external-launcher", is_flag=True,
+              help="Neither start nor end the launcher: a unit of its own does, and holds its socket.")
+def serve(file: Path | None, runtime_dir: Path, state_dir: Path, *, external_launcher: bool) -> None:
     """Run the daemon in the foreground. It needs root."""
     try:
         if os.geteuid() != 0:
@@ -47,7 +49,8 @@ def serve(file: Path | None, runtime_dir: Path, state_dir: Path) -> None:
         logs.configure(config.daemon.log_level)
         notifier, passed = Notifier(os.environ), listening_sockets(os.environ)
         os.umask(0o022)
-        node = Node(config, runtime_dir.absolute(), state_dir.absolute(), passed)
+        node = Node(config, runtime_dir.absolute(), state_dir.absolute(), passed,
+                    starts_launcher=not external_launcher)
         trio.run(_run, node, notifier, config.daemon.grace_seconds)
     except (NetnsdError, BaseExceptionGroup) as error:
         _fail(error)

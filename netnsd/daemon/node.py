@@ -61,14 +61,17 @@ class Node:
         config: read and checked.
         runtime, state: absolute directories; made when missing.
         passed: listening sockets from systemd, by name.
+        starts_launcher: whether the launcher is started here where none answers, and ended when nothing is left.
     """
 
     environments: Environments
 
-    def __init__(self, config: Config, runtime: Path, state: Path, passed: dict[str, socket.socket]) -> None:
+    def __init__(self, config: Config, runtime: Path, state: Path, passed: dict[str, socket.socket], *,
+                 starts_launcher: bool) -> None:
         self._config = config
         self._runtime, self._state = runtime, state
         self._passed = passed
+        self._starts_launcher = starts_launcher
         self._clock = UtcClock()
         self._started_at = self._clock.now()
         self._events = EventLog(self._clock.now)
@@ -91,7 +94,8 @@ class Node:
             await network.open()
             await firewall.start()
             processes = LauncherProcesses(str(self._runtime / LAUNCHER_SOCKET), cgroups.root,
-                                          hide=[str(NETNS_DIRECTORY), str(network.pins)])
+                                          hide=[str(NETNS_DIRECTORY), str(network.pins)],
+                                          starts=self._starts_launcher)
             adapters = Adapters(network, firewall, processes, cgroups, store, files, self._clock)
             settings = Settings(self._config.published_range, self._config.services.allow_setuid, host.boot_id())
             self.environments = Environments(adapters, plan, settings, self._emit)
@@ -179,7 +183,6 @@ class Node:
             (self._runtime / name).unlink(missing_ok=True)
         if unused:
             files.remove_all()
-            (self._runtime / LAUNCHER_SOCKET).unlink(missing_ok=True)
             with contextlib.suppress(OSError):  # systemd's, or somebody's files are in it
                 self._runtime.rmdir()
 

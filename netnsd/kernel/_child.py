@@ -12,7 +12,6 @@ import fcntl
 import json
 import os
 import resource
-import select
 import signal
 import socket
 import stat
@@ -28,6 +27,7 @@ if TYPE_CHECKING:
 DEFAULT_PATH = b"/usr/local/bin:/usr/bin:/bin"
 SO_PASSRIGHTS = 83  # asm-generic/socket.h, Linux 6.16
 DESCRIPTORS_SECONDS = 10.0
+_MAX_SUBJECT_BYTES = 512
 
 _LIMITS = {name[7:].lower(): getattr(resource, name) for name in dir(resource) if name.startswith("RLIMIT_")}
 _FRAME = struct.Struct(">I")
@@ -40,7 +40,8 @@ class StageError(Exception):
         super().__init__(stage, number, subject)
         self.stage = stage
         self.number = number
-        self.subject = subject
+        # Users choose it: no answer may grow beyond a message for it, and the cut may go through a character.
+        self.subject = subject.encode("utf-8", "replace")[:_MAX_SUBJECT_BYTES].decode("utf-8", "replace")
 
     @property
     def errno_name(self) -> str:
@@ -60,14 +61,14 @@ class StageError(Exception):
 
     def encode(self) -> bytes:
         """As it travels through a pipe, in one atomic write."""
-        subject = _bytes(self.subject)[: select.PIPE_BUF - 64]
+        subject = _bytes(self.subject)[:_MAX_SUBJECT_BYTES]
         return b"\0".join((self.stage.encode(), str(self.number).encode(), subject))
 
     @classmethod
     def decode(cls, data: bytes) -> StageError:
         """The inverse of ``encode``."""
         stage, number, subject = data.split(b"\0", 2)
-        return cls(stage.decode(), int(number), subject.decode("utf-8", "surrogateescape"))
+        return cls(stage.decode(), int(number), subject.decode("utf-8", "replace"))
 
 
 _HINTS = {
@@ -313,7 +314,9 @@ class Child:
         libc.move_mount(cgroups, "/sys/fs/cgroup")
 
     def _set_hostname(self) -> None:
-        libc.sethostname(self._order.hostname)
+        # sudoers has rules by host name: who may gain rights does not choose it.
+        if not self._order.setuid:
+            libc.sethostname(self._order.hostname)
 
     def _make_session(self) -> None:
         os.setsid()
@@ -335,6 +338,9 @@ class Child:
         os.setgroups(order.groups)
         os.setresgid(order.gid, order.gid, order.gid)
         os.setresuid(order.uid, order.uid, order.uid)
+        # The launcher's is dead (see launcher.main). Without one of its own, as with too many keys, a command goes on.
+        with contextlib.suppress(OSError):
+            libc.join_session_keyring()
 
     def _drop_privileges(self) -> None:
         if not self._order.setuid:

@@ -1,7 +1,9 @@
 """The files of an environment: its hosts and resolv.conf, and its services' logs. Implements ``core.interfaces.Files``.
 
-Logs lie in directories that only root can write, so that their owners, who may read and write the files, cannot put
-links in our way. A log's offsets only grow; its head is punched out, so that the disk it takes is bounded.
+Logs lie in directories that only root can write, so that users cannot put links in our way, and are root's: an owner
+could take a lease on a file, or execute it, and whoever opens it then waits or fails. Their users may open them all the
+same (servers that log to /dev/stdout do), by an access list. A log's offsets only grow; its head is punched out, so
+that the disk it takes is bounded.
 """
 
 from __future__ import annotations
@@ -10,6 +12,7 @@ import contextlib
 import errno
 import os
 import shutil
+import struct
 from pathlib import Path
 
 from netnsd.core.environment import Environment
@@ -20,6 +23,9 @@ _HOSTS = Path("/etc/hosts")
 _RESOLV_CONF = Path("/etc/resolv.conf")
 _UPLINK_RESOLV_CONF = Path("/run/systemd/resolve/resolv.conf")
 _BLOCK_BYTES = 4096
+_APPEND = os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
+_ACL_VERSION, _ACL_NOBODY = 2, 0xFFFFFFFF
+_ACL_USER_OBJ, _ACL_USER, _ACL_GROUP_OBJ, _ACL_MASK, _ACL_OTHER = 0x01, 0x02, 0x04, 0x10, 0x20
 
 
 class EnvironmentFiles:
@@ -58,8 +64,8 @@ class EnvironmentFiles:
         path = self.log_path(environment.id, service)
         try:
             os.makedirs(os.path.dirname(path), mode=0o711, exist_ok=True)
-            fd = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
-            os.fchown(fd, environment.uid, -1)
+            fd = os.open(path, _APPEND, 0o600)
+            _let_user_write(fd, environment.uid)
         except OSError as error:
             raise KernelError.at("log", error) from error
         return fd
@@ -91,24 +97,28 @@ class EnvironmentFiles:
     def cap_logs(self) -> int:
         """Punch out the heads of logs that take too much disk. Returns how many grew beyond half of their bound."""
         busy = 0
-        for directory in os.scandir(self._logs):
-            try:
-                for log in os.scandir(directory.path):
-                    taken = log.stat(follow_symlinks=False).st_blocks * 512
-                    if taken > self._log_bytes:
-                        self._punch(log.path)
-                    busy += taken > self._log_bytes // 2
-            except FileNotFoundError:
-                continue  # removed meanwhile
+        for directory in os.listdir(self._logs):
+            # Whatever is wrong with one log must not keep the others from being capped.
+            with contextlib.suppress(OSError), os.scandir(self._logs / directory) as logs:
+                for log in logs:
+                    with contextlib.suppress(OSError):
+                        taken = log.stat(follow_symlinks=False).st_blocks * 512
+                        busy += taken > self._log_bytes // 2
+                        if taken > self._log_bytes:
+                            self._punch(log.path)
         return busy
 
     def _punch(self, path: str) -> None:
         # Half of the bound is kept, so that a busy log is not punched at every look.
-        fd = os.open(path, os.O_WRONLY | os.O_NOFOLLOW | os.O_CLOEXEC)
+        fd = os.open(path, os.O_WRONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
         try:
             end = os.fstat(fd).st_size - self._log_bytes // 2
             if end >= _BLOCK_BYTES:
                 libc.fallocate_punch_hole(fd, 0, end // _BLOCK_BYTES * _BLOCK_BYTES)
+            status = os.fstat(fd)
+            if status.st_blocks * 512 > self._log_bytes:
+                # Room that was reserved behind the end, which no log needs; what comes in this moment is lost.
+                os.ftruncate(fd, status.st_size)
         finally:
             os.close(fd)
 
@@ -121,6 +131,18 @@ def _host_names() -> str:
     lines = (_read(_HOSTS) or "").splitlines()
     kept = [line for line in lines if (fields := line.split("#")[0].split()) and not _is_loopback(fields[0])]
     return "".join(f"{line}\n" for line in kept)
+
+
+def _let_user_write(fd: int, uid: int) -> None:
+    """Give ``uid`` read and write on a file of root's: acl(5), linux/posix_acl_xattr.h."""
+    entries = [(_ACL_USER_OBJ, 6, _ACL_NOBODY), (_ACL_USER, 6, uid), (_ACL_GROUP_OBJ, 0, _ACL_NOBODY),
+               (_ACL_MASK, 6, _ACL_NOBODY), (_ACL_OTHER, 0, _ACL_NOBODY)]
+    value = struct.pack("<I", _ACL_VERSION) + b"".join(struct.pack("<HHI", *entry) for entry in entries)
+    try:
+        os.setxattr(fd, "system.posix_acl_access", value)
+    except OSError as error:
+        if error.errno != errno.EOPNOTSUPP:  # such a file system has no access lists: its servers use their descriptor
+            raise
 
 
 def resolv_conf() -> str | None:

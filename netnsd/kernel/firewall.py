@@ -10,8 +10,11 @@ import json
 from collections.abc import Iterable, Sequence
 from typing import Any
 
+from pyroute2.netlink.exceptions import NetlinkError
+
 from netnsd.core.addressing import BRIDGE_PREFIX
 from netnsd.core.interfaces import Opening
+from netnsd.errors import KernelError
 from netnsd.kernel import bridges, sockets
 from netnsd.kernel.namespace_thread import NamespaceThread, Priority
 from netnsd.kernel.nft import Nft, NftError
@@ -40,6 +43,8 @@ table ip netnsd {
   # first: another user's socket on the owner's source port would pass as established otherwise.
   chain from_host {
     type filter hook output priority 0;
+    # A socket bound to a device sends by it whatever the address: broadcast, multicast, 127/8.
+    oifname "nd*" ip daddr != %(supernet)s meta skuid != 0 drop
     # Not by oifname: of what publish_local translated it is still "lo" in this hook.
     ip daddr != %(supernet)s accept
     fib daddr type local accept
@@ -107,6 +112,7 @@ class NftFirewall:
         self._nft: Nft | None = None
         self._loaded = ""
         self._uplinks: list[str] = []
+        self._desired: dict[str, Opening] = {}
         self._forwarding = forwarding
 
     async def start(self) -> None:
@@ -119,10 +125,7 @@ class NftFirewall:
 
     async def open(self, opening: Opening) -> None:
         """See ``core.interfaces.Firewall``."""
-        elements = _elements([opening])
-        await self._thread.run(lambda: self._run("".join(
-            f"add element ip netnsd {name} {{ {', '.join(values)} }}\n" for name, values in elements if values)),
-            Priority.CREATE)
+        await self._thread.run(lambda: self._open(opening), Priority.CREATE)
 
     async def close(self, openings: Sequence[Opening]) -> None:
         """See ``core.interfaces.Firewall``."""
@@ -131,6 +134,10 @@ class NftFirewall:
     async def restore(self, openings: Sequence[Opening]) -> bool:
         """See ``core.interfaces.Firewall``."""
         return await self._thread.run(lambda: self._restore(openings), Priority.CHECK)
+
+    async def check(self) -> bool:
+        """See ``core.interfaces.Firewall``."""
+        return await self._thread.run(self._put_right, Priority.CHECK)
 
     def is_listening(self, protocol: str, port: int) -> bool:
         """See ``core.interfaces.Firewall``."""
@@ -151,7 +158,14 @@ class NftFirewall:
         assert self._nft is not None
         return self._nft.run(commands, output_flags=output_flags)
 
+    def _open(self, opening: Opening) -> None:
+        self._run("".join(f"add element ip netnsd {name} {{ {', '.join(values)} }}\n"
+                          for name, values in _elements([opening]) if values))
+        self._desired[opening.address] = opening
+
     def _close(self, openings: Sequence[Opening]) -> None:
+        for opening in openings:
+            self._desired.pop(opening.address, None)
         commands = [f"delete element ip netnsd {name} {{ {value.partition(' : ')[0]} }}\n"
                     for name, values in _elements(openings) for value in values]
         try:
@@ -167,6 +181,18 @@ class NftFirewall:
                         raise
 
     def _restore(self, openings: Sequence[Opening]) -> bool:
+        self._desired = {opening.address: opening for opening in openings}
+        return self._put_right()
+
+    def _put_right(self) -> bool:
+        """Compare what is loaded with what should be, as it is now: this thread does every change in turn."""
+        try:
+            return self._load_if_wrong(list(self._desired.values()))
+        except (OSError, ValueError, NetlinkError) as error:
+            raise KernelError(f"firewall: {error}", stage="firewall", errno="",
+                              hint="`netnsctl doctor` checks what this host lacks.") from error
+
+    def _load_if_wrong(self, openings: Sequence[Opening]) -> bool:
         # A host that forwards anyway is let; where only netnsd needs it, it must not become a router between uplinks.
         uplinks = [] if bridges.host_forwards() else bridges.uplinks()
         if self._loaded:
@@ -224,5 +250,7 @@ def _flat(element: Any) -> str:
     """An element of nft's JSON, as nft writes it."""
     if isinstance(element, list):
         return " : ".join(_flat(part) for part in element)
-    return element if isinstance(element, str) else " . ".join(str(part) for part in element["concat"])
+    if isinstance(element, dict) and "concat" in element:
+        return " . ".join(str(part) for part in element["concat"])
+    return str(element)  # anything else is none of ours, and so is drift
 

@@ -25,6 +25,10 @@ _IPV6_OFF = "/proc/sys/net/ipv6/conf/all/disable_ipv6"
 _TABLE = """
 table ip netnsd {
   map published { type inet_proto . inet_service : inet_service; @published@ }
+  chain guard {
+    type filter hook prerouting priority -300;
+    iifname "eth0" ip daddr 127.0.0.0/8 drop
+  }
   chain arriving {
     type nat hook prerouting priority -100;
     iifname "eth0" fib daddr type local meta l4proto { tcp, udp } jump loopback

@@ -190,7 +190,7 @@ class Launcher:
             if kind not in self._HANDLERS:
                 raise ValueError("not a request")
             self._HANDLERS[kind](self, connection, request, body, fds)
-        except (ValueError, RecursionError) as error:
+        except (ValueError, RecursionError, OSError) as error:  # OSError: out of descriptors or of memory
             self._post(connection, encode(Kind.ERROR, request, {"message": str(error)}))
 
     def _hello(self, connection: Connection, request: int, _body: dict[str, Any], _fds: list[int]) -> None:
@@ -229,14 +229,16 @@ class Launcher:
         try:
             order = self._decode(fds)
             self._hiding.refresh()
-            if os.fork() == 0:
+            pid = os.fork()
+            if pid == 0:
                 _monitor.run(order, Handles(cgroup=fds[0], netns=fds[1], connection=fds[2]), self._settings)
+            monitor = os.pidfd_open(pid)
         except StageError as error:
             self._refuse(connection, request, error, Kind.ATTACH)
         except OSError as error:
             self._refuse(connection, request, StageError("fork", error.errno or errno.EAGAIN), Kind.ATTACH)
         else:
-            self._post(connection, encode(Kind.ATTACH, request))
+            self._post(connection, encode(Kind.ATTACH, request), monitor)
 
     @staticmethod
     def _decode(fds: list[int]) -> Order:
@@ -357,6 +359,10 @@ def main() -> int:
         detach()
     signal.pthread_sigmask(signal.SIG_SETMASK, ())
     libc.set_process_name("netnsd-launcher")
+    # Servers of all users would share, and read, the session keyring of whoever started the daemon.
+    with contextlib.suppress(OSError):  # a kernel without keyrings, or a filter
+        libc.join_session_keyring()
+        libc.revoke_session_keyring()
     libc.prctl(libc.PR_SET_CHILD_SUBREAPER, 1)
     inode = None if given else os.stat(path).st_ino
     Launcher(listener, hiding).run()

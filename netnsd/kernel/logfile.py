@@ -10,6 +10,9 @@ import trio
 
 _BLOCK_BYTES = 64 * 1024
 _POLL_SECONDS = 0.05
+_LOOK_BACK_BYTES = 64 << 20
+# Reading a file takes a thread for a moment. Not those that everybody else waits for.
+_THREADS = 8
 
 
 async def read(path: str, tail: int | None, goes_on: Callable[[], bool] | None) -> AsyncIterator[bytes]:
@@ -21,14 +24,14 @@ async def read(path: str, tail: int | None, goes_on: Callable[[], bool] | None) 
         goes_on: None to end at the end, or says whether more may come.
     """
     try:
-        fd = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC)
+        fd = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
     except FileNotFoundError:
         return
     try:
-        offset = await trio.to_thread.run_sync(_start, fd, tail)
+        offset = await trio.to_thread.run_sync(_start, fd, tail, limiter=_limiter())
         while True:
             more = goes_on is not None and goes_on()
-            offset, data = await trio.to_thread.run_sync(_next, fd, offset)
+            offset, data = await trio.to_thread.run_sync(_next, fd, offset, limiter=_limiter())
             if data:
                 yield data
             elif more:
@@ -37,6 +40,17 @@ async def read(path: str, tail: int | None, goes_on: Callable[[], bool] | None) 
                 return
     finally:
         os.close(fd)
+
+
+_running: trio.lowlevel.RunVar[trio.CapacityLimiter] = trio.lowlevel.RunVar("log readers")
+
+
+def _limiter() -> trio.CapacityLimiter:
+    try:
+        return _running.get()
+    except LookupError:
+        _running.set(trio.CapacityLimiter(_THREADS))
+        return _running.get()
 
 
 def _next(fd: int, offset: int) -> tuple[int, bytes]:
@@ -55,20 +69,24 @@ def _skip_hole(fd: int, offset: int) -> int:
 
 
 def _start(fd: int, tail: int | None) -> int:
-    """Where the last ``tail`` lines begin."""
-    first = _skip_hole(fd, 0)
+    """Where the last ``tail`` lines begin, looking back so far at most as logs are kept."""
+    end = os.fstat(fd).st_size
     if tail is None:
-        return first
-    end = position = os.fstat(fd).st_size
+        return _skip_hole(fd, 0)
+    if tail == 0:
+        return end
+    first = _skip_hole(fd, max(0, end - _LOOK_BACK_BYTES))
+    position = end
     lines = 0
     while position > first:
         size = min(_BLOCK_BYTES, position - first)
         block = os.pread(fd, size, position - size)
-        for index in range(len(block) - 1, -1, -1):
-            at = position - size + index
-            if block[index] == 0x0A and at != end - 1:
-                lines += 1
-                if lines == tail:
-                    return at + 1
+        # The newline that ends the last line begins no other.
+        newline = block.rfind(b"\n", 0, len(block) - (position == end))
+        while newline >= 0:
+            lines += 1
+            if lines == tail:
+                return position - size + newline + 1
+            newline = block.rfind(b"\n", 0, newline)
         position -= size
-    return first if tail else end
+    return first

@@ -166,7 +166,8 @@ class KernelNetwork:
         attempt("link", lambda: self._unlink([slot for slot, _ in slots]))
         # Processes that left their cgroup, or that root put there, would keep the namespace alive.
         attempt("inhabitants", lambda: inhabitants.kill({inode.st_ino for slot, _ in slots
-                                                         if (inode := _inode(self._pin(slot.index)))}))
+                                                         if (inode := _inode(self._pin(slot.index)))
+                                                         and _is_namespace(inode)}))
         for slot, netns in slots:
             name = str(NETNS_DIRECTORY / (netns or self._name_of(slot.index)))
             attempt("unpin", lambda index=slot.index, name=name: self._unname(index, name))  # type: ignore[misc]

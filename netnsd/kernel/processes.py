@@ -24,6 +24,7 @@ from netnsd.kernel._child import StageError
 from netnsd.kernel._messages import HEADER, Kind, decode, encode, read_sealed, receive, sealed_memfd, send
 
 START_SECONDS = 5.0
+LAUNCH_SECONDS = 60.0
 FIRST_PAUSE_SECONDS = 0.02
 LAST_PAUSE_SECONDS = 2.0
 NETNS_DIRECTORY = "/run/netns"
@@ -57,12 +58,14 @@ class LauncherProcesses:
         socket_path: where the launcher listens, or will.
         cgroup_root: the directory that ``Launch.cgroup`` is relative to.
         hide: mounted directories that must not be copied into servers' mount namespaces.
+        starts: whether the launcher is ours to start and to end. Otherwise it is systemd's, as is its socket.
     """
 
-    def __init__(self, socket_path: str, cgroup_root: str, hide: list[str]) -> None:
+    def __init__(self, socket_path: str, cgroup_root: str, hide: list[str], *, starts: bool = True) -> None:
         self._socket_path = socket_path
         self._cgroup_root = cgroup_root
         self._hide = hide
+        self._starts = starts
         self._ids = itertools.count(1)
         self._asked: dict[int, _Request] = {}
         self._unsent: deque[_Request] = deque()
@@ -88,18 +91,27 @@ class LauncherProcesses:
         """
         if launch.log_fd is None:
             raise ValueError("a launch needs a log")
-        request = await self._ask(Kind.SPAWN, self._order(launch, launch.log_fd))
+        try:
+            with trio.fail_after(LAUNCH_SECONDS):
+                request = await self._ask(Kind.SPAWN, self._order(launch, launch.log_fd))
+        except trio.TooSlowError as error:
+            raise _launch_failed(f"{launch.argv[0]} was not started within {LAUNCH_SECONDS:g} s",
+                                 "Does its directory or its program lie on a file server that hangs?", "exec",
+                                 "ETIMEDOUT") from error
         if request.answer_fd is not None:
             os.close(request.answer_fd)
         pid: int = request.body["pid"]
         return pid
 
-    async def attach(self, launch: Launch, connection: int) -> None:
+    async def attach(self, launch: Launch, connection: int) -> int:
         """Hand ``connection`` (borrowed) over to a monitor, which alone speaks with its peer from then on.
 
-        Raises LaunchFailed where not even that works, and LauncherUnavailable.
+        Returns the monitor's pidfd. Raises LaunchFailed where not even that works, and LauncherUnavailable.
         """
-        await self._ask(Kind.ATTACH, self._order(launch, connection))
+        request = await self._ask(Kind.ATTACH, self._order(launch, connection))
+        if request.answer_fd is None:
+            raise LauncherUnavailable("the launcher did not tell its monitor", hint="Try again.")
+        return request.answer_fd
 
     async def known(self) -> tuple[Sequence[Running], Sequence[Exited]]:
         """What runs, and the ends that were not yet acknowledged. Raises LauncherUnavailable."""
@@ -120,9 +132,13 @@ class LauncherProcesses:
 
     def retire(self) -> None:
         """End the launcher, which nothing needs any more; servers would go on without their exit codes."""
+        if not self._starts:
+            return
         if self._launcher_pid is not None:
             with contextlib.suppress(ProcessLookupError):
                 os.kill(self._launcher_pid, signal.SIGTERM)
+        with contextlib.suppress(FileNotFoundError):
+            os.unlink(self._socket_path)
 
     def _order(self, launch: Launch, borrowed: int) -> list[int]:
         """The descriptors of one start: the cgroup, the namespace, the log or connection, and all the rest."""
@@ -298,12 +314,14 @@ class LauncherProcesses:
         self._unsent.clear()
 
     async def _connect(self) -> socket.socket:
-        """A connection to a launcher that speaks our protocol; one is started where none listens."""
+        """A connection to a launcher that speaks our protocol; one is started where none listens and it is ours."""
         sock = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET | socket.SOCK_NONBLOCK)
         try:
             try:
                 sock.connect(self._socket_path)
             except (FileNotFoundError, ConnectionRefusedError):
+                if not self._starts:
+                    raise
                 await self._start()
                 sock.connect(self._socket_path)
             send(sock, encode(Kind.HELLO, next(self._ids)))

@@ -46,6 +46,8 @@ _NDMSG = struct.Struct("=BxxxiHBB")
 _U32 = struct.Struct("=I")
 
 _RECEIVE_BYTES = 65536
+# Acknowledgements wait in the socket's buffer, which takes about 250 of them (ENOBUFS otherwise).
+_TOGETHER = 64
 
 
 class Batch:
@@ -76,6 +78,7 @@ class RouteSocket:
         self._socket = socket.socket(socket.AF_NETLINK, socket.SOCK_RAW | socket.SOCK_CLOEXEC, socket.NETLINK_ROUTE)
         self._socket.bind((0, 0))
         self._socket.setsockopt(_SOL_NETLINK, _NETLINK_CAP_ACK, 1)
+        self._sequence = 1
 
     def close(self) -> None:
         """Close the socket."""
@@ -89,24 +92,33 @@ class RouteSocket:
         Raises:
             StageError: for the first message that failed with an errno that is not in ``ignore``.
         """
+        failure: StageError | None = None
+        for first in range(0, len(batch.messages), _TOGETHER):
+            chunk = slice(first, first + _TOGETHER)
+            found = self._exchange(batch.messages[chunk], batch.stages[chunk], ignore)
+            failure = failure or found
+        if failure is not None:
+            raise failure
+
+    def _exchange(self, messages: list[bytes], stages: list[str], ignore: frozenset[int]) -> StageError | None:
+        start = self._sequence
+        self._sequence = (start + len(messages)) & 0x7FFFFFFF
         self._socket.send(b"".join([
-            message[:8] + _U32.pack(sequence) + message[12:]
-            for sequence, message in enumerate(batch.messages)
+            message[:8] + _U32.pack(start + index) + message[12:] for index, message in enumerate(messages)
         ]))
-        waiting, failure = len(batch.messages), None
+        waiting, failure = len(messages), None
         while waiting:
             data = self._socket.recv(_RECEIVE_BYTES)
             offset = 0
             while offset < len(data):
                 length, kind, _flags, sequence, _pid = _HEADER.unpack_from(data, offset)
-                if kind == _NLMSG_ERROR:
+                if kind == _NLMSG_ERROR and 0 <= sequence - start < len(messages):
                     waiting -= 1
                     number = -struct.unpack_from("=i", data, offset + _HEADER.size)[0]
                     if number and number not in ignore and failure is None:
-                        failure = StageError(number, batch.stages[sequence])
+                        failure = StageError(number, stages[sequence - start])
                 offset += (length + 3) & ~3
-        if failure is not None:
-            raise failure
+        return failure
 
 
 def host_batch(slot: Slot, netns_fd: int) -> Batch:

@@ -18,6 +18,7 @@ class FakeFirewall:
         self.published: dict[tuple[str, int], tuple[str, int]] = {}
         self.host: set[tuple[str, int]] = set()
         self.loaded = False
+        self._desired: dict[str, Opening] = {}
 
     async def open(self, opening: Opening) -> None:
         await trio.lowlevel.checkpoint()
@@ -26,15 +27,24 @@ class FakeFirewall:
             raise KernelError("nftables: File exists", stage="nftables")
         self.published |= wanted
         self.owners.add((opening.address, opening.uid))
+        self._desired[opening.address] = opening
 
     async def close(self, openings: Sequence[Opening]) -> None:
         await trio.lowlevel.checkpoint()
+        for opening in openings:
+            self._desired.pop(opening.address, None)
         for key in _published(openings):
             self.published.pop(key, None)
         self.owners -= _owners(openings)
 
     async def restore(self, openings: Sequence[Opening]) -> bool:
         await trio.lowlevel.checkpoint()
+        self._desired = {opening.address: opening for opening in openings}
+        return await self.check()
+
+    async def check(self) -> bool:
+        await trio.lowlevel.checkpoint()
+        openings = list(self._desired.values())
         wanted = (True, _owners(openings), _published(openings))
         if (self.loaded, self.owners, self.published) == wanted:
             return False

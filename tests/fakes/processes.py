@@ -113,9 +113,10 @@ class FakeProcesses:
             await trio.testing.wait_all_tasks_blocked()
         return pid
 
-    async def attach(self, launch: Launch, connection: int) -> None:
+    async def attach(self, launch: Launch, connection: int) -> int:
         await trio.lowlevel.checkpoint()
         self.attached.append((launch, connection))
+        return os.open("/dev/null", os.O_RDONLY | os.O_CLOEXEC)  # a session that has ended
 
     async def known(self) -> tuple[Sequence[Running], Sequence[Exited]]:
         await trio.lowlevel.checkpoint()

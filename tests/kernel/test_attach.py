@@ -39,7 +39,7 @@ class Client:
 
     async def attach(self, world: World, launch: Launch) -> None:
         with self.theirs:
-            await world.processes.attach(launch, self.theirs.fileno())
+            os.close(await world.processes.attach(launch, self.theirs.fileno()))
 
     def frame(self) -> dict[str, Any]:
         header = self.socket.recv(4, socket.MSG_WAITALL)

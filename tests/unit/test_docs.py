@@ -327,7 +327,7 @@ def test_bounds_of_requests_are_documented() -> None:
                           for target in node.targets if isinstance(target, ast.Name)
                           and target.id in ("BODY_BYTES", "BODY_SECONDS", "HEAD_BYTES", "HEAD_SECONDS")})
     text = " ".join(section("## HTTP API").split())
-    assert f"A body is at most {constants['BODY_BYTES'] >> 20} MiB" in text
+    assert f"A body is at most {constants['BODY_BYTES'] >> 10} KiB" in text
     assert f"a head at most {constants['HEAD_BYTES'] >> 10} KiB" in text
     assert constants["BODY_SECONDS"] == constants["HEAD_SECONDS"]
     assert f"within {constants['BODY_SECONDS']:g} seconds" in text
