@@ -64,7 +64,7 @@ class Environments:
         self._locks: dict[str, trio.Lock] = {}
         self._furnished: set[str] = set()
         self._reaper: Batcher[Environment] = Batcher(self._reap, _REMOVAL_BATCH)
-        self._supervisor = Supervisor(adapters, emit)
+        self._supervisor = Supervisor(adapters, emit, settings.hard_limits)
         self.registry = Registry(plan, settings, adapters.store, adapters.clock,
                                  is_listening=adapters.firewall.is_listening, is_taken=adapters.network.is_taken)
         self._waits = Waits(adapters.network, self.registry.__contains__, self._supervisor.changed)

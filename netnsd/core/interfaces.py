@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Protocol
 
 import trio
@@ -18,8 +18,8 @@ class Launch:
     """All that the launcher needs to start one command.
 
     ``launch_id`` names this start for ever: exit reports carry it. ``limits`` are soft limits by lower-case name
-    (``nofile``), -1 for unlimited. ``cgroup`` is relative to netnsd's cgroup root. ``log_fd`` is open for append, or
-    None where the command gets its descriptors from a client (attach).
+    (``nofile``), -1 for unlimited; ``hard_limits`` bound them. ``cgroup`` is relative to netnsd's cgroup root.
+    ``log_fd`` is open for append, or None where the command gets its descriptors from a client (attach).
     """
 
     launch_id: str
@@ -39,6 +39,7 @@ class Launch:
     resolv_file: str | None
     log_fd: int | None = None
     tty: bool = False
+    hard_limits: dict[str, int] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True)

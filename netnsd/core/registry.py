@@ -7,7 +7,7 @@ from __future__ import annotations
 import re
 import uuid
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from typing import TYPE_CHECKING
 
@@ -28,11 +28,15 @@ _USER_IN_NETNS = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.@-]{0,62}\Z")
 
 @dataclass(frozen=True, slots=True)
 class Settings:
-    """What the configuration decides for core. ``published_range`` is inclusive."""
+    """What the configuration decides for core.
+
+    ``published_range`` is inclusive. ``hard_limits``: what no command's limits may exceed, by lower-case name.
+    """
 
     published_range: tuple[int, int]
     allow_setuid: bool
     boot_id: str
+    hard_limits: dict[str, int] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True)

@@ -21,7 +21,7 @@ MAX_LABELS = 64
 _NAME = re.compile(r"[a-z0-9]([a-z0-9-]{0,61}[a-z0-9])?\Z")
 _LABEL_KEY = re.compile(r"[A-Za-z0-9]([A-Za-z0-9._/-]{0,126}[A-Za-z0-9])?\Z")
 _LABEL_VALUE_CHARACTERS = 256
-_LIMITS = frozenset({"as", "core", "cpu", "data", "fsize", "locks", "memlock", "msgqueue", "nice", "nofile", "nproc",
+LIMITS = frozenset({"as", "core", "cpu", "data", "fsize", "locks", "memlock", "msgqueue", "nice", "nofile", "nproc",
                      "rss", "rtprio", "rttime", "sigpending", "stack"})
 _DEFAULT_PATH = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
 
@@ -126,9 +126,9 @@ def command(*, argv: list[str], env: Mapping[str, str], cwd: str | None, umask: 
     if not 0 <= umask <= 0o777:
         raise InvalidCommand(f"umask {umask} is not from 0 to 511 (octal 777)", hint="Give permission bits.")
     for name, value in limits.items():
-        if name not in _LIMITS or value < -1 or value >= 1 << 63:
+        if name not in LIMITS or value < -1 or value >= 1 << 63:
             raise InvalidCommand(f"limit {_shown(name)} = {value} is not one of the kernel's",
-                                 hint=f"Known: {', '.join(sorted(_LIMITS))}; -1 is unlimited.")
+                                 hint=f"Known: {', '.join(sorted(LIMITS))}; -1 is unlimited.")
     if setuid and not allow_setuid:
         raise Forbidden("this host does not allow setuid programs in environments",
                         hint="Leave --setuid out, or ask an admin ([services] allow_setuid).")

@@ -28,9 +28,10 @@ _WATCH_AGAIN_SECONDS = 1.0
 class Supervisor:
     """Knows each service's latest start by its launch id."""
 
-    def __init__(self, adapters: Adapters, emit: Emit) -> None:
+    def __init__(self, adapters: Adapters, emit: Emit, hard_limits: dict[str, int]) -> None:
         self._a = adapters
         self._emit = emit
+        self._hard_limits = hard_limits
         self._launches: dict[str, tuple[Environment, str]] = {}
         self._early: dict[str, int | None] = {}
         self._losses = 0
@@ -135,7 +136,8 @@ class Supervisor:
             launch_id=launch_id, netns=environment.netns_path, cgroup=group, hostname=environment.name,
             argv=command.argv, env={**_conveniences(environment), **command.env, **_facts(environment)},
             cwd=command.cwd, uid=command.uid, gid=command.gid, groups=command.groups, umask=command.umask,
-            limits=command.limits, setuid=command.setuid, hosts_file=hosts, resolv_file=resolv, log_fd=log_fd)
+            limits=command.limits, hard_limits=self._hard_limits, setuid=command.setuid, hosts_file=hosts,
+            resolv_file=resolv, log_fd=log_fd)
 
     # -- ends ---------------------------------------------------------------------------------------------------
 

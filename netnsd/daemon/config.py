@@ -16,6 +16,7 @@ from typing import Any, Literal
 import msgspec
 
 from netnsd.core.addressing import Plan
+from netnsd.core.specification import LIMITS
 from netnsd.errors import ConfigError
 
 DEFAULT_FILE = Path("/etc/netnsd/netnsd.toml")
@@ -60,10 +61,15 @@ class Ports(Section, frozen=True, kw_only=True, forbid_unknown_fields=True):
 
 
 class Services(Section, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """``[services]``: the servers. ``log_bytes``: disk per log. ``allow_setuid``: whether --setuid is."""
+    """``[services]``: the servers.
+
+    ``log_bytes``: disk per log. ``allow_setuid``: whether --setuid is. ``hard_limits``: what no command's resource
+    limits may exceed, by lower-case name (``nofile = 4096``).
+    """
 
     log_bytes: int = 16 << 20
     allow_setuid: bool = True
+    hard_limits: dict[str, int] = {}
 
 
 class Config(Section, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -162,6 +168,9 @@ def _check(config: Config, source: str) -> None:
     if not 1024 <= low <= high <= 65535:
         raise refuse("[ports] range", "must lie in 1024-65535, low end first")
     _check_ephemeral(low, high, refuse)
+    for name, limit in config.services.hard_limits.items():
+        if name not in LIMITS or not 0 <= limit < 1 << 63:
+            raise refuse("[services] hard_limits", f"{name} = {limit} is none of {', '.join(sorted(LIMITS))}")
     if not re.fullmatch(r"0?[0-7]{3}", config.daemon.socket_mode):
         raise refuse("[daemon] socket_mode", "is not three octal digits")
     if any(part in ("", ".", "..") for part in config.daemon.cgroup.split("/")):

@@ -97,7 +97,9 @@ class Node:
                                           hide=[str(NETNS_DIRECTORY), str(network.pins)],
                                           starts=self._starts_launcher)
             adapters = Adapters(network, firewall, processes, cgroups, store, files, self._clock)
-            settings = Settings(self._config.published_range, self._config.services.allow_setuid, host.boot_id())
+            services = self._config.services
+            settings = Settings(self._config.published_range, services.allow_setuid, host.boot_id(),
+                                services.hard_limits)
             self.environments = Environments(adapters, plan, settings, self._emit)
             try:
                 # What environments lean on ends after them.

@@ -110,8 +110,8 @@ class Order:
     Raises StageError for a limit that does not exist, ValueError for anything else malformed.
     """
 
-    __slots__ = ("argv", "cwd", "env", "gid", "groups", "hostname", "hosts_file", "launch_id", "limits", "resolv_file",
-                 "setuid", "tty", "uid", "umask")
+    __slots__ = ("argv", "cwd", "env", "gid", "groups", "hard_limits", "hostname", "hosts_file", "launch_id",
+                 "limits", "resolv_file", "setuid", "tty", "uid", "umask")
 
     def __init__(self, data: bytes) -> None:
         try:
@@ -125,6 +125,7 @@ class Order:
             self.groups = [_id(group) for group in fields["groups"]]
             self.umask = int(fields["umask"]) & 0o777
             self.limits = _limits(fields["limits"])
+            self.hard_limits = _limits(fields["hard_limits"])
             self.setuid = bool(fields["setuid"])
             self.hosts_file = _text(fields["hosts_file"])
             self.resolv_file = None if fields["resolv_file"] is None else _text(fields["resolv_file"])
@@ -323,6 +324,10 @@ class Child:
         os.umask(self._order.umask)
 
     def _set_limits(self) -> None:
+        for kind, most in self._order.hard_limits:
+            soft, hard = resource.getrlimit(kind)
+            if most >= 0 and (hard == resource.RLIM_INFINITY or most < hard):
+                resource.setrlimit(kind, (most if soft == resource.RLIM_INFINITY else min(soft, most), most))
         if self._settings.adjust_oom:
             # Without CAP_SYS_RESOURCE the kernel refuses to lower it: then it stays as the launcher's.
             with contextlib.suppress(PermissionError):

@@ -52,7 +52,8 @@ async def examine(thread: NamespaceThread, supernet: str) -> list[Finding]:
 
 
 def _examine(supernet: str) -> list[Finding]:
-    findings = [_cgroup(), _dev_null(), _pins_are_cheap(), _bridge_netfilter(), _forwarding(), *_other_firewalls()]
+    findings = [_cgroup(), _dev_null(), _hosts_file(), _pins_are_cheap(), _bridge_netfilter(), _forwarding(),
+                *_other_firewalls()]
     findings += [
         _trial("links", "the kernel makes bridges and veth pairs", "Load the modules bridge and veth.", _try_links),
         _trial("nftables", "nftables takes the host's rules",
@@ -112,6 +113,12 @@ def _dev_null() -> Finding:
     good = mode & 0o006 == 0o006
     return Finding("dev-null", good, "warning", f"/dev/null has mode {mode:04o}",
                    "" if good else "chmod 666 /dev/null: users' programs cannot open it.")
+
+
+def _hosts_file() -> Finding:
+    present = os.path.exists("/etc/hosts")
+    return Finding("hosts-file", present, "warning", f"/etc/hosts is {'there' if present else 'missing'}",
+                   "" if present else "echo 127.0.0.1 localhost >/etc/hosts: each server gets its own, mounted there.")
 
 
 def _pins_are_cheap() -> Finding:

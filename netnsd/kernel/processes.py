@@ -145,7 +145,8 @@ class LauncherProcesses:
         order = {
             "launch_id": launch.launch_id, "argv": launch.argv, "env": launch.env, "cwd": launch.cwd,
             "uid": launch.uid, "gid": launch.gid, "groups": launch.groups, "umask": launch.umask,
-            "limits": launch.limits, "setuid": launch.setuid, "hosts_file": launch.hosts_file,
+            "limits": launch.limits, "hard_limits": launch.hard_limits,
+            "setuid": launch.setuid, "hosts_file": launch.hosts_file,
             "resolv_file": launch.resolv_file, "hostname": launch.hostname, "tty": launch.tty,
         }
         with contextlib.ExitStack() as undo:

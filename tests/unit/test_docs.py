@@ -147,7 +147,7 @@ def test_variables_that_a_server_finds_are_documented_and_no_other() -> None:
 
 
 def settings() -> dict[str, Any]:
-    return {f"[{part.name}] {key.name}": key.default for part in msgspec.structs.fields(Config)
+    return {f"[{part.name}] {key.name}": default_of(key) for part in msgspec.structs.fields(Config)
             for key in msgspec.structs.fields(part.type)}
 
 
