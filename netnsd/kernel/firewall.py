@@ -91,6 +91,7 @@ table ip netnsd {
   }
 }
 """
+_PROTOCOLS = {"tcp": "6", "udp": "17"}  # linux/in.h
 _REPLACE = "add table ip netnsd\ndelete table ip netnsd\n"
 
 
@@ -216,7 +217,7 @@ class NftFirewall:
     def _present(self) -> set[tuple[str, str]]:
         found = set()
         for kind, name in (("map", "published"), ("set", "owners"), ("set", "pairs"), ("set", "uplinks")):
-            listing = json.loads(self._run(f"list {kind} ip netnsd {name}", output_flags=Nft.JSON))
+            listing = json.loads(self._run(f"list {kind} ip netnsd {name}", output_flags=Nft.JSON | Nft.NUMERIC_PROTO))
             for entry in listing["nftables"]:
                 for element in entry.get(kind, {}).get("elem", []):
                     found.add((name, _flat(element)))
@@ -242,8 +243,14 @@ def _elements(openings: Iterable[Opening]) -> list[tuple[str, list[str]]]:
 
 
 def _present(openings: Iterable[Opening], uplinks: Iterable[str]) -> set[tuple[str, str]]:
-    return ({(name, value) for name, values in _elements(openings) for value in values}
+    return ({(name, _numeric(value)) for name, values in _elements(openings) for value in values}
             | {("uplinks", name) for name in uplinks})
+
+
+def _numeric(value: str) -> str:
+    """An element as nft lists it with NUMERIC_PROTO. Names come from /etc/protocols, which small hosts lack."""
+    first, separator, rest = value.partition(" . ")
+    return _PROTOCOLS.get(first, first) + separator + rest
 
 
 def _flat(element: Any) -> str:

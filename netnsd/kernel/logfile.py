@@ -60,12 +60,13 @@ def _next(fd: int, offset: int) -> tuple[int, bytes]:
 
 
 def _skip_hole(fd: int, offset: int) -> int:
+    end = os.fstat(fd).st_size  # before the look, so that what is written meanwhile is not skipped
     try:
         return os.lseek(fd, offset, os.SEEK_DATA)
     except OSError as error:
         if error.errno != errno.ENXIO:
             raise
-        return offset  # at the end
+        return max(offset, end)  # at the end, or nothing but a hole before it, which a server may make vast
 
 
 def _start(fd: int, tail: int | None) -> int:

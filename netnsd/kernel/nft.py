@@ -40,6 +40,7 @@ class Nft:
 
     # NFT_CTX_OUTPUT_* of nftables/libnftables.h.
     JSON = 1 << 4
+    NUMERIC_PROTO = 1 << 7
     TERSE = 1 << 11
 
     def __init__(self) -> None:

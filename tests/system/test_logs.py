@@ -69,7 +69,11 @@ def test_logs_have_both_streams_in_order_and_are_the_owners_alone(tidy_daemon: D
     assert _said(tidy_daemon, "--tail", "2") == "err3\nend"
     assert _said(tidy_daemon, "--tail", "0") == ""
     log = _log(tidy_daemon, web)
-    assert (log.st_uid, log.st_mode & 0o777) == (ALICE.uid, 0o600)
+    # Root's, so that its user can neither lease nor execute it; the group bits are the mask of the access list.
+    assert (log.st_uid, log.st_mode & 0o777) == (0, 0o660)
+    path = f"{tidy_daemon.state_dir}/logs/{web['id']}/main.log"
+    readers = {user: tidy_daemon.host.run(["cat", path], user=user).returncode == 0 for user in (ALICE, BOB)}
+    assert readers == {ALICE: True, BOB: False}
     assert tidy_daemon.ctl("logs", "web", user=BOB).returncode == 4
 
 
