@@ -46,12 +46,28 @@ class Hiding:
                 raise StageError("mounts", errno.EBUSY, found[0])
 
     def _find(self) -> list[str]:
+        """Not those that lie under a later mount of a directory above: no path leads to them, to unmount or to use."""
         found = []
         os.lseek(self._mounts, 0, os.SEEK_SET)
         table = b"".join(iter(lambda: os.read(self._mounts, 1 << 16), b""))
         for line in table.splitlines():
-            path = re.sub(rb"\\([0-7]{3})", lambda code: bytes([int(code[1], 8)]), line.split(b" ", 5)[4])
+            fields = line.split(b" ", 5)
+            path = re.sub(rb"\\([0-7]{3})", lambda code: bytes([int(code[1], 8)]), fields[4])
             name = path.decode("utf-8", "surrogateescape")
-            if any(name == directory or name.startswith(directory + "/") for directory in self._directories):
+            if (any(name == directory or name.startswith(directory + "/") for directory in self._directories)
+                    and _mount_at(name) == int(fields[0])):
                 found.append(name)
         return found
+
+
+def _mount_at(path: str) -> int:
+    """The id of the mount that ``path`` leads to; 0 where it leads nowhere."""
+    try:
+        fd = os.open(path, os.O_PATH | os.O_NOFOLLOW | os.O_CLOEXEC)
+    except OSError:
+        return 0
+    try:
+        with open(f"/proc/self/fdinfo/{fd}", "rb") as file:
+            return next((int(line.split()[1]) for line in file if line.startswith(b"mnt_id:")), 0)
+    finally:
+        os.close(fd)

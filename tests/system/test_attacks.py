@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from tests.harness import ALICE, BOB, MALLORY, Daemon, HostNamespace, User, wait_until
+from tests.harness import ALICE, BOB, MALLORY, Daemon, HostNamespace, User, cgroups, wait_until
 from tests.harness.daemon import program
 from tests.system.clients import PYTHON, Environment, inside, is_gone, main_of, nothing_left
 
@@ -212,7 +212,8 @@ def find(name):
     try:
         key = call(KEYCTL, 10, -3, b"user", name, 0)
         room = ctypes.create_string_buffer(64)
-        return room.raw[:call(KEYCTL, 11, key, room, 64)].decode()
+        size = call(KEYCTL, 11, key, room, 64)
+        return room.raw[:size].decode()
     except OSError as error:
         return errno.errorcode[error.errno]
 """
@@ -313,8 +314,7 @@ def test_an_environment_whose_launch_hangs_is_removed_at_once_and_leaves_nothing
         assert holder.stdout.readline() == b"held\n"
         creating = host.popen([program("netnsctl"), "create", "web", "-p", "3000", "-o", "json", "--", script],
                               user=ALICE, env={"NETNSD_SOCKET": tidy_daemon.socket})
-        wait_until(lambda: any(os.path.basename(d) == "s-main" and _members(d) for d, _, _ in os.walk(tidy_daemon.cgroup)),
-                   what="the child that hangs")
+        wait_until(lambda: _child_of_service(tidy_daemon.cgroup), what="the child that hangs")
         assert [e["state"] for e in tidy_daemon.ctl_json("ls", user=ALICE)] == ["creating"]
         began = time.monotonic()
         tidy_daemon.ctl("rm", "web", user=ALICE, check=True, timeout=30)
@@ -325,12 +325,9 @@ def test_an_environment_whose_launch_hangs_is_removed_at_once_and_leaves_nothing
         holder.wait(timeout=5)
 
 
-def _members(group: str) -> list[str]:
-    try:
-        with open(f"{group}/cgroup.procs", encoding="ascii") as file:
-            return file.read().split()
-    except OSError:
-        return []
+def _child_of_service(group: str) -> list[int]:
+    return [pid for directory, _, _ in os.walk(group) if directory.endswith("/s-main")
+            for pid in cgroups.members(directory)]
 
 
 # Forks for ever, each child in a session of its own and nobody's child, up to so many at a time.
