@@ -217,8 +217,12 @@ def find(name):
     except OSError as error:
         return errno.errorcode[error.errno]
 """
-_WITH_KEY = "call(KEYCTL, 1, 0)\nadd(b'secret', b'hush')\nassert find(b'secret') == 'hush'\n" \
-    "os.execv(sys.argv[1], sys.argv[1:])\n"
+_WITH_KEY = """
+call(KEYCTL, 1, 0)
+add(b'secret', b'hush')
+assert find(b'secret') == 'hush'
+os.execv(sys.argv[1], sys.argv[1:])
+"""
 _LOOK = "print(find(b'secret'), find(b'shared'), flush=True)\n"
 
 
