@@ -217,7 +217,7 @@ def fork_child(order: Order, handles: Handles, settings: Settings) -> tuple[int,
 
 
 # A group that was removed, that has controllers and so no processes of its own, or that is of another kind.
-_REFUSALS_OF_GROUPS = (errno.ENODEV, errno.EBUSY, errno.EOPNOTSUPP, errno.EBADF)
+_REFUSALS_OF_GROUPS = (errno.ENOENT, errno.ENODEV, errno.EBUSY, errno.EOPNOTSUPP, errno.EBADF)
 
 
 def _fork(cgroup: int) -> tuple[int, bool]:

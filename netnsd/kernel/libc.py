@@ -178,7 +178,7 @@ def fork_into_cgroup(cgroup_fd: int) -> int:
     """Like fork(2), but the child is born in the group of the directory ``cgroup_fd``: man 2 clone3, Linux 5.7.
 
     For a process with one thread, whose child does little before its exec: Python is not told of the fork. Raises
-    OSError: ENOSYS or EPERM where a kernel or a filter has no clone3, ENODEV for a group that was removed.
+    OSError: ENOSYS or EPERM where a kernel or a filter has no clone3, ENOENT or ENODEV for a removed group.
     """
     arguments = _CloneArguments(flags=_CLONE_INTO_CGROUP, exit_signal=signal.SIGCHLD, cgroup=cgroup_fd)
     # Not through _libc: that would let go of the interpreter's lock, and the child has nobody to take it back from.
