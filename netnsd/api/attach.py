@@ -16,7 +16,8 @@ import trio
 from netnsd import wire
 from netnsd.api import json_body, problems
 from netnsd.api.app import BODY_BYTES, BODY_SECONDS
-from netnsd.api.stream import close, receive
+from netnsd.api.closing import Closer
+from netnsd.api.stream import receive
 from netnsd.core.actor import Actor
 from netnsd.core.environments import Environments
 from netnsd.errors import BodyTooLarge, InternalError, NetnsdError, RequestTimeout, TooManyConnections
@@ -29,9 +30,9 @@ _log = structlog.get_logger()
 class AttachServer:
     """Serves connections of attach.sock that a Gate admitted."""
 
-    def __init__(self, environments: Environments, *, filters_descriptors: bool) -> None:
+    def __init__(self, environments: Environments, closer: Closer) -> None:
         self._environments = environments
-        self._filters = filters_descriptors
+        self._closer = closer
         self._large = trio.Lock()
 
     @property
@@ -68,7 +69,7 @@ class AttachServer:
             return None
         finally:
             # Whoever has it now lets its client send descriptors: they may lie unread in it.
-            close(connection, filters_descriptors=False)
+            await self._closer.close(connection, is_laced=True)
 
     async def _read(self, connection: trio.socket.SocketType) -> bytes:
         with trio.move_on_after(BODY_SECONDS):
@@ -81,7 +82,7 @@ class AttachServer:
     async def _exactly(self, connection: trio.socket.SocketType, count: int) -> bytes:
         data = b""
         while len(data) < count:
-            part = await receive(connection, count - len(data), filters_descriptors=self._filters)
+            part = await receive(connection, count - len(data), self._closer)
             if not part:
                 raise EOFError
             data += part

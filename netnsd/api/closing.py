@@ -1,8 +1,8 @@
 """Closing what a client may have laced with descriptors (see ``peer.refuse_descriptors``).
 
-A lingering TCP socket, or a file of a file system in user space, can make close(2) wait for as long as its sender likes.
-Where the kernel does not refuse descriptors, closing therefore happens in threads, of which there are so many and no
-more; the connection counts as its user's until it is done.
+A lingering TCP socket, or a file of a file system in user space, can make close(2) wait for as long as its sender
+likes. Where the kernel does not refuse descriptors, closing therefore happens in threads, of which there are so many
+and no more; the connection counts as its user's until it is done.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ class Closer:
         await self.close_all([connection.detach()])
 
     async def close_all(self, descriptors: list[int]) -> None:
-        """Close descriptors and return when they are, also in a scope that is cancelled, unless ``abandon`` is called."""
+        """Close descriptors, and return when they are: also in a cancelled scope, unless ``abandon`` is called."""
         self._left += descriptors
         with trio.CancelScope(shield=True) as scope:
             self._waits.add(scope)

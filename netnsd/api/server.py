@@ -24,7 +24,8 @@ from hypercorn.typing import ConnectionState, LifespanState
 
 from netnsd import __version__
 from netnsd.api import peer, problems
-from netnsd.api.stream import HEAD_BYTES, REFUSED_METHOD, GuardedStream, close
+from netnsd.api.closing import Closer
+from netnsd.api.stream import HEAD_BYTES, REFUSED_METHOD, GuardedStream
 from netnsd.core.actor import Actor
 from netnsd.errors import TooManyConnections
 
@@ -42,10 +43,12 @@ class Gate:
     Args:
         admin_group: its members see everybody's environments.
         connections_per_user: more than that are closed at once; root is not counted.
+        closer: closes what is not handed on.
     """
 
-    def __init__(self, admin_group: str, connections_per_user: int) -> None:
+    def __init__(self, admin_group: str, connections_per_user: int, closer: Closer) -> None:
         self._admin_group = admin_group
+        self._closer = closer
         self._most = connections_per_user
         self._open: Counter[int] = Counter()
 
@@ -69,7 +72,7 @@ class Gate:
         try:
             actor = await peer.actor_of(connection, self._admin_group)
         except BaseException as error:
-            close(connection, filters_descriptors=False)  # this side does not know better
+            await self._closer.close(connection)
             if isinstance(error, OSError):  # gone before it was known
                 return
             raise
@@ -78,7 +81,7 @@ class Gate:
                 with trio.move_on_after(1.0), contextlib.suppress(OSError):  # it may be gone already
                     await connection.send(refused)
             finally:
-                close(connection, filters_descriptors=False)
+                await self._closer.close(connection)
             return
         self._open[actor.uid] += 1
         try:
@@ -92,7 +95,7 @@ class Gate:
 class HttpServer:
     """Serves the application on connections that a Gate admitted."""
 
-    def __init__(self, app: Any, *, filters_descriptors: bool) -> None:
+    def __init__(self, app: Any, closer: Closer) -> None:
         self._config = Config()
         self._config.keep_alive_timeout = _KEEP_ALIVE_SECONDS
         self._config.keep_alive_max_requests = sys.maxsize
@@ -103,7 +106,7 @@ class HttpServer:
         self._config.accesslog = None
         self._wrapper = ASGIWrapper(_refusing(app))
         self._context = WorkerContext(None)
-        self._filters = filters_descriptors
+        self._closer = closer
         self._streams: set[GuardedStream] = set()
         self._stopping = False
 
@@ -114,7 +117,7 @@ class HttpServer:
 
     async def handle(self, connection: trio.socket.SocketType, actor: Actor) -> None:
         """Serve one connection to its end."""
-        stream = GuardedStream(connection, filters_descriptors=self._filters)
+        stream = GuardedStream(connection, self._closer)
         state = ConnectionState(LifespanState({"actor": actor, "stopping": lambda: self._stopping,
                                                "refusal": lambda: stream.refusal}))
         self._streams.add(stream)
@@ -122,7 +125,7 @@ class HttpServer:
             await _Connection(self._wrapper, self._config, self._context, state, stream)  # type: ignore[arg-type]
         finally:
             self._streams.discard(stream)
-            close(connection, filters_descriptors=self._filters)  # hypercorn does not when it is cancelled
+            await self._closer.close(connection)  # hypercorn does not when it is cancelled
 
     async def stop(self, grace_seconds: float) -> None:
         """Refuse new requests, let running ones end for ``grace_seconds``, then shut what is left.
@@ -136,6 +139,7 @@ class HttpServer:
                 await trio.sleep(0.02)
         for stream in list(self._streams):
             stream.shut()
+        self._closer.abandon()
 
 
 class _Connection(TCPServer):

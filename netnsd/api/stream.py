@@ -10,13 +10,12 @@ from __future__ import annotations
 
 import array
 import errno
-import os
 import re
 import socket
-import threading
 
 import trio
 
+from netnsd.api.closing import Closer
 from netnsd.errors import BadRequest, NetnsdError, RequestTimeout
 
 HEAD_BYTES = 32 * 1024
@@ -35,14 +34,14 @@ class GuardedStream:
 
     Args:
         connection: a connected stream socket, owned.
-        filters_descriptors: whether the kernel refuses descriptors on it already.
+        closer: closes it.
     """
 
-    def __init__(self, connection: trio.socket.SocketType, *, filters_descriptors: bool) -> None:
+    def __init__(self, connection: trio.socket.SocketType, closer: Closer) -> None:
         self.socket = connection
         self.refusal: NetnsdError | None = None
         self.broken = False
-        self._filters = filters_descriptors
+        self._closer = closer
         self._stream = trio.SocketStream(connection)
         self._buffer = b""
         self._body_left = 0
@@ -57,7 +56,10 @@ class GuardedStream:
             await self._closed.wait()
             return b""
         if self._body_left:
-            data = self._buffer or await self._receive(max_bytes)
+            try:
+                data = self._buffer or await self._receive(max_bytes)
+            except BadRequest as error:  # in the middle of a request, which can have no answer of its own
+                raise trio.BrokenResourceError from error
             passed, self._buffer = data[:self._body_left], data[self._body_left:]
             self._body_left -= len(passed)
             return passed
@@ -81,8 +83,8 @@ class GuardedStream:
 
     async def aclose(self) -> None:
         """Close the socket."""
-        close(self.socket, filters_descriptors=self._filters)
         self._closed.set()
+        await self._closer.close(self.socket)
         await trio.lowlevel.checkpoint()
 
     def shut(self) -> None:
@@ -114,14 +116,14 @@ class GuardedStream:
 
     async def _receive(self, max_bytes: int) -> bytes:
         try:
-            return await receive(self.socket, max_bytes, filters_descriptors=self._filters)
+            return await receive(self.socket, max_bytes, self._closer)
         except OSError as error:
             raise trio.BrokenResourceError from error
 
 
-async def receive(connection: trio.socket.SocketType, max_bytes: int, *, filters_descriptors: bool) -> bytes:
-    """Read bytes; descriptors that come with them are closed in a thread of their own. Raises OSError."""
-    if filters_descriptors:
+async def receive(connection: trio.socket.SocketType, max_bytes: int, closer: Closer) -> bytes:
+    """Read bytes. Raises OSError, and BadRequest where descriptors come with them, which are closed."""
+    if closer.filters_descriptors:
         return await connection.recv(max_bytes)
     data, ancillary, _flags, _address = await connection.recvmsg(
         max_bytes, socket.CMSG_SPACE(_MOST_DESCRIPTORS * 4), socket.MSG_CMSG_CLOEXEC)
@@ -130,17 +132,9 @@ async def receive(connection: trio.socket.SocketType, max_bytes: int, *, filters
         if level == socket.SOL_SOCKET and kind == socket.SCM_RIGHTS:
             descriptors.frombytes(payload[:len(payload) - len(payload) % descriptors.itemsize])
     if descriptors:
-        threading.Thread(target=_close_all, args=(list(descriptors),), daemon=True).start()
+        await closer.close_all(list(descriptors))
+        raise BadRequest("descriptors came with the request", hint="Send bytes alone.")
     return data
-
-
-def close(connection: trio.socket.SocketType, *, filters_descriptors: bool) -> None:
-    """Close a socket. Where descriptors may lie unread in it, in a thread of its own: closing them can block."""
-    if filters_descriptors or connection.fileno() < 0:
-        connection.close()
-        return
-    trio.lowlevel.notify_closing(connection)
-    threading.Thread(target=_close_all, args=([connection.detach()],), daemon=True).start()
 
 
 def _check_partial(data: bytes) -> None:
@@ -173,7 +167,3 @@ def _body_length(head: bytes) -> int:
         raise BadRequest("the header host is missing or given twice", hint="Send it once.")
     return int(lengths[0]) if lengths else 0
 
-
-def _close_all(descriptors: list[int]) -> None:
-    for fd in descriptors:
-        os.close(fd)

@@ -20,6 +20,7 @@ from netnsd import __version__, wire
 from netnsd.api import peer
 from netnsd.api.app import application
 from netnsd.api.attach import AttachServer
+from netnsd.api.closing import Closer
 from netnsd.api.routes import Context
 from netnsd.api.server import Gate, HttpServer
 from netnsd.core.environments import Adapters, Environments
@@ -148,9 +149,10 @@ class Node:
         peer.refuse_descriptors(attach)
         context = Context(self.environments, self._info, self._doctor, files.log_path, logfile.read,
                           self._events.follow)
-        self._http = HttpServer(application(context), filters_descriptors=filters)
-        attach_server = AttachServer(self.environments, filters_descriptors=filters)
-        gate = Gate(self._config.daemon.admin_group, self._config.daemon.connections_per_user)
+        closer = Closer(filters_descriptors=filters)
+        self._http = HttpServer(application(context), closer)
+        attach_server = AttachServer(self.environments, closer)
+        gate = Gate(self._config.daemon.admin_group, self._config.daemon.connections_per_user, closer)
         nursery.start_soon(gate.serve, api, self._http.handle, nursery, self._http.refusal)
         nursery.start_soon(gate.serve, attach, attach_server.handle, nursery, attach_server.refusal)
 

@@ -17,6 +17,7 @@ from netnsd import __version__, wire
 from netnsd.api import peer
 from netnsd.api.app import application
 from netnsd.api.attach import AttachServer
+from netnsd.api.closing import Closer
 from netnsd.api.routes import Context
 from netnsd.api.server import Gate, HttpServer
 from netnsd.core.actor import Actor
@@ -181,11 +182,12 @@ async def serving(directory: Path, *, filters: bool | None = None, connections_p
             filtered = peer.refuse_descriptors(api) if filters in (True, None) else False
             if filters in (True, None):
                 peer.refuse_descriptors(attach)
-            gate = Gate("no-such-group", connections_per_user)
-            http = HttpServer(application(context), filters_descriptors=filtered)
+            closer = Closer(filters_descriptors=filtered)
+            gate = Gate("no-such-group", connections_per_user, closer)
+            http = HttpServer(application(context), closer)
             served = Served(world, str(directory / "api.sock"), str(directory / "attach.sock"), http, events, gate,
                             actor)
-            attach_server = AttachServer(environments, filters_descriptors=filtered)
+            attach_server = AttachServer(environments, closer)
 
             async def handle(connection: trio.socket.SocketType, real: Actor) -> None:
                 served.handled.append(real)

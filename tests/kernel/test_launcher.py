@@ -78,7 +78,8 @@ async def test_limits_are_soft_and_at_most_the_hard_ones(world: World) -> None:
     said = await world.run("ulimit -Sn; ulimit -Hn; ulimit -Sc", limits={"nofile": 100, "core": 0})
     assert said.split() == ["100", str(hard), "0"]
     assert (await world.run("ulimit -Sn", limits={"nofile": -1})).split() == [str(hard)]
-    said = await world.run("ulimit -Hn; ulimit -Hc; ulimit -Sn", limits={"nofile": -1}, hard_limits={"nofile": 99, "core": 0})
+    said = await world.run("ulimit -Hn; ulimit -Hc; ulimit -Sn", limits={"nofile": -1},
+                           hard_limits={"nofile": 99, "core": 0})
     assert said.split() == ["99", "0", "99"]
     assert (await world.run("ulimit -Sn", limits={"nofile": hard + 1})).split() == [str(hard)]
 
