@@ -77,6 +77,8 @@ class Node:
         self._started_at = self._clock.now()
         self._events = EventLog(self._clock.now)
         self._http: HttpServer | None = None
+        self._checking = trio.Lock()
+        self._check_waits = False
 
     async def run(self, *, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
         """Work until cancelled; started when clients can connect."""
@@ -135,6 +137,14 @@ class Node:
 
     async def check(self) -> None:
         """Look whether the host is as it should be, and put right what is not."""
+        if self._check_waits:  # it will look after now
+            return
+        self._check_waits = True
+        async with self._checking:
+            self._check_waits = False
+            await self._check()
+
+    async def _check(self) -> None:
         try:
             if await self.environments.check():
                 _log.warning("rules_restored")

@@ -48,6 +48,11 @@ class NamespaceThread:
         self._thread = threading.Thread(target=self._work, name="namespaces", daemon=True)
         self._closed = False
 
+    @property
+    def host_fd(self) -> int:
+        """A descriptor of the host's network namespace; the thread's own."""
+        return self._host_fd
+
     def __enter__(self) -> Self:
         self._thread.start()
         return self
@@ -108,6 +113,11 @@ def enter(path: str) -> None:
         libc.setns(fd, libc.CLONE_NEWNET)
     finally:
         os.close(fd)
+
+
+def leave(host_fd: int) -> None:
+    """Put the calling thread (of NamespaceThread) back in the host's network namespace before its job ends."""
+    libc.setns(host_fd, libc.CLONE_NEWNET)
 
 
 def open_own() -> int:

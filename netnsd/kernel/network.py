@@ -17,7 +17,7 @@ from typing import TypeVar
 from netnsd.core.addressing import PORT_PREFIX, Slot
 from netnsd.core.interfaces import Listener, Publication
 from netnsd.errors import KernelError, NetnsTaken
-from netnsd.kernel import bridges, inhabitants, inner, libc, namespace_thread, rtnetlink, sockets
+from netnsd.kernel import bridges, carrier, inhabitants, inner, libc, namespace_thread, rtnetlink, sockets
 from netnsd.kernel.namespace_thread import NamespaceThread, Priority
 
 NETNS_DIRECTORY = Path("/run/netns")
@@ -142,6 +142,9 @@ class KernelNetwork:
                     inside.transact(rtnetlink.inside_batch(slot))
                 finally:
                     inside.close()
+                stage = "carrier"
+                namespace_thread.leave(self._thread.host_fd)
+                carrier.await_running(slot.bridge.name, slot.port_name)
                 undo.pop_all()
         except OSError as error:
             raise KernelError.at(getattr(error, "stage", stage), error) from error
