@@ -77,8 +77,6 @@ class _Endpoint:
             return
         except NetnsdError as error:
             response = _problem(error)
-        except trio.Cancelled:
-            raise
         except Exception:  # the one place where a fault becomes an answer  # noqa: BLE001
             request_id = uuid.uuid4().hex
             _log.exception("request_failed", request_id=request_id, method=request.method, path=request.url.path)
