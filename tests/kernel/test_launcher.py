@@ -10,10 +10,8 @@ import os
 import resource
 import signal
 import socket
-import statistics
 import subprocess
 import sys
-import time
 from collections.abc import AsyncIterator
 from dataclasses import asdict
 from typing import Any
@@ -417,14 +415,3 @@ async def test_pins_are_not_copied_into_servers_mounts(world: World) -> None:
         host.wait()
         host.stdin.close()
         host.stdout.close()
-
-
-async def test_start_takes_milliseconds(world: World) -> None:
-    spent = []
-    for _ in range(50):
-        before = time.perf_counter()
-        launch = world.order("/bin/true")
-        await world.processes.launch(launch)
-        spent.append(time.perf_counter() - before)
-        await world.ended(launch.launch_id)
-    assert statistics.median(spent) < 0.02, "a start costs some 3 ms; this bound catches a leap, not noise"

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 import json
 
 import pytest
+import trio
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -115,3 +117,27 @@ def test_any_bytes_are_parsed_or_refused(body: bytes) -> None:
 def test_any_value_of_any_field_is_parsed_or_refused(value: object, name: str) -> None:
     with contextlib.suppress(BadJson, InvalidRequest):
         json_body.parse(json.dumps({name: value}).encode(), wire.CreateRequest)
+
+
+async def test_others_have_a_turn_between_two_large_bodies(monkeypatch: pytest.MonkeyPatch) -> None:
+    order: list[str] = []
+    large = trio.Lock()
+
+    def parse(body: bytes, _kind: object) -> None:
+        order.append("large" if len(body) > 1000 else "small")
+
+    async def other() -> None:
+        for _ in range(20):
+            order.append("other")
+            await trio.lowlevel.checkpoint()
+
+    monkeypatch.setattr(json_body, "parse", parse)
+    async with trio.open_nursery() as nursery:
+        for _ in range(5):
+            nursery.start_soon(json_body.parse_in_turn, b" " * 100_000, wire.CreateRequest, large)
+        nursery.start_soon(other)
+        nursery.start_soon(json_body.parse_in_turn, b"{}", wire.CreateRequest, large)
+    assert sorted(order) == ["large"] * 5 + ["other"] * 20 + ["small"]
+    # In a round of the loop tasks run in any order, so two may meet: the last of one round and the first of the next.
+    runs = [len(list(run)) for kind, run in itertools.groupby(order) if kind == "large"]
+    assert max(runs) <= 2
