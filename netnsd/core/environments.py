@@ -97,8 +97,10 @@ class Environments:
         observed = await self._observe(desired)
         actions = reconcile.plan(desired, observed)
         await self._a.firewall.restore([_opening(e) for e, _ in actions.adopt])
+        assert self._nursery is not None
         for environment, services in actions.adopt:
-            self._furnished.add(environment.id)
+            # Again, as the daemon may have been killed between the answer and that; done twice it changes nothing.
+            self._nursery.start_soon(self._furnish_behind, environment)
             self._supervisor.adopt(environment, services, reported=observed.running.keys())
         await self._clear(actions)
         async with trio.open_nursery() as nursery:

@@ -213,3 +213,14 @@ async def test_removal_of_what_is_being_made_ends_the_creation(tmp_path: Path) -
         assert isinstance(outcome[0], WrongState)
         await trio.testing.wait_all_tasks_blocked()
         assert world.held() == {}
+
+
+async def test_what_a_killed_daemon_had_not_furnished_is_furnished_by_the_next(tmp_path: Path) -> None:
+    world = World(tmp_path)
+    async with world.running() as environments:
+        made = await environments.create(request("web", ports=1), ALICE)
+    world.network.furnished.pop(made.slot.index, None)  # killed right after the answer
+    async with world.running():
+        with trio.fail_after(5):
+            while made.slot.index not in world.network.furnished:
+                await trio.lowlevel.checkpoint()
