@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import time
 import uuid
 from typing import Any
 
@@ -93,11 +94,12 @@ class _Endpoint:
         for name, value in request.query_params.multi_items():
             query.setdefault(name, []).append(value)
         call = Call(self._context, request.state.actor, request.path_params.get("ref", ""), query, body)
+        began = time.perf_counter()
         answer = await (self._while_there(request, call) if self._route.waits else self._route.handler(call))
         if self._route.answer is None:
             return _Stream(answer, media_type=self._route.content_type, headers=_HEADERS)
-        return Response(_encode(answer), self._route.status, media_type="application/json", headers=_HEADERS)
-
+        headers = {**_HEADERS, "Server-Timing": f"work;dur={(time.perf_counter() - began) * 1000:.3f}"}
+        return Response(_encode(answer), self._route.status, media_type="application/json", headers=headers)
 
     async def _while_there(self, request: Request, call: Call) -> Any:
         """The handler's answer, unless the client leaves first: nobody waits for it then."""
