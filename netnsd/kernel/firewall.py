@@ -6,18 +6,25 @@ loaded in one transaction, so there is no moment in which a part of it is missin
 
 from __future__ import annotations
 
+import errno
 import json
-from collections.abc import Iterable, Sequence
-from typing import Any
+import socket
+import struct
+import threading
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any, TypeVar
 
+import trio
 from pyroute2.netlink.exceptions import NetlinkError
 
 from netnsd.core.addressing import BRIDGE_PREFIX
 from netnsd.core.interfaces import Opening
 from netnsd.errors import KernelError
-from netnsd.kernel import bridges, sockets
+from netnsd.kernel import bridges, nfnetlink, sockets
 from netnsd.kernel.namespace_thread import NamespaceThread, Priority
 from netnsd.kernel.nft import Nft, NftError
+
+T = TypeVar("T")
 
 _RULES = """
 table ip netnsd {
@@ -91,7 +98,8 @@ table ip netnsd {
   }
 }
 """
-_PROTOCOLS = {"tcp": "6", "udp": "17"}  # linux/in.h
+_PROTOCOLS = {"tcp": socket.IPPROTO_TCP, "udp": socket.IPPROTO_UDP}
+_UID, _PORT = struct.Struct("=I"), struct.Struct(">H")
 _REPLACE = "add table ip netnsd\ndelete table ip netnsd\n"
 
 
@@ -111,6 +119,9 @@ class NftFirewall:
         self._supernet = supernet
         self._flows = flows_per_address
         self._nft: Nft | None = None
+        self._elements: nfnetlink.ElementSocket | None = None
+        # Adding elements does not wait for the thread, but must not meet a reload of the table.
+        self._changing = threading.Lock()
         self._loaded = ""
         self._uplinks: list[str] = []
         self._desired: dict[str, Opening] = {}
@@ -126,26 +137,41 @@ class NftFirewall:
 
     async def open(self, opening: Opening) -> None:
         """See ``core.interfaces.Firewall``."""
-        await self._thread.run(lambda: self._open(opening), Priority.CREATE)
+        await trio.lowlevel.checkpoint_if_cancelled()
+        if self._changing.acquire(blocking=False):
+            try:
+                self._open(opening)
+            finally:
+                self._changing.release()
+        else:
+            await self._thread.run(self._in_turn(lambda: self._open(opening)), Priority.CREATE)
 
     async def close(self, openings: Sequence[Opening]) -> None:
         """See ``core.interfaces.Firewall``."""
-        await self._thread.run(lambda: self._close(openings), Priority.REMOVE)
+        await self._thread.run(self._in_turn(lambda: self._close(openings)), Priority.REMOVE)
 
     async def restore(self, openings: Sequence[Opening]) -> bool:
         """See ``core.interfaces.Firewall``."""
-        return await self._thread.run(lambda: self._restore(openings), Priority.CHECK)
+        return await self._thread.run(self._in_turn(lambda: self._restore(openings)), Priority.CHECK)
 
     async def check(self) -> bool:
         """See ``core.interfaces.Firewall``."""
-        return await self._thread.run(self._put_right, Priority.CHECK)
+        return await self._thread.run(self._in_turn(self._put_right), Priority.CHECK)
 
     def is_listening(self, protocol: str, port: int) -> bool:
         """See ``core.interfaces.Firewall``."""
         return sockets.is_listening(protocol, port)
 
+    def _in_turn(self, change: Callable[[], T]) -> Callable[[], T]:
+        def locked() -> T:
+            with self._changing:
+                return change()
+
+        return locked
+
     def _start(self) -> None:
         self._nft = Nft()
+        self._elements = nfnetlink.ElementSocket("netnsd")
 
     def _stop(self, *, remove: bool) -> None:
         if remove:
@@ -154,32 +180,44 @@ class NftFirewall:
         if self._nft is not None:
             self._nft.close()
             self._nft = None
+        if self._elements is not None:
+            self._elements.close()
+            self._elements = None
 
     def _run(self, commands: str, *, output_flags: int = 0) -> str:
         assert self._nft is not None
         return self._nft.run(commands, output_flags=output_flags)
 
     def _open(self, opening: Opening) -> None:
-        self._run("".join(f"add element ip netnsd {name} {{ {', '.join(values)} }}\n"
-                          for name, values in _elements([opening]) if values))
+        assert self._elements is not None
+        try:
+            self._elements.add(_packed([opening]))
+        except OSError as error:
+            raise KernelError.at("nftables", error) from error
         self._desired[opening.address] = opening
 
     def _close(self, openings: Sequence[Opening]) -> None:
+        assert self._elements is not None
         for opening in openings:
             self._desired.pop(opening.address, None)
-        commands = [f"delete element ip netnsd {name} {{ {value.partition(' : ')[0]} }}\n"
-                    for name, values in _elements(openings) for value in values]
         try:
-            self._run("".join(commands))
-        except NftError as error:
-            if not error.is_missing:
+            if not self._delete(_packed(openings)):
+                for name, elements in _packed(openings).items():
+                    for element in elements:
+                        self._delete({name: [element]})
+        except OSError as error:
+            raise KernelError.at("nftables", error) from error
+
+    def _delete(self, elements: dict[str, list[nfnetlink.Element]]) -> bool:
+        """Delete elements, all or nothing; returns False where one is missing."""
+        assert self._elements is not None
+        try:
+            self._elements.delete(elements)
+        except OSError as error:
+            if error.errno != errno.ENOENT:
                 raise
-            for command in commands:
-                try:
-                    self._run(command)
-                except NftError as error:
-                    if not error.is_missing:
-                        raise
+            return False
+        return True
 
     def _restore(self, openings: Sequence[Opening]) -> bool:
         self._desired = {opening.address: opening for opening in openings}
@@ -242,6 +280,18 @@ def _elements(openings: Iterable[Opening]) -> list[tuple[str, list[str]]]:
     return [("owners", owners), ("published", published)]
 
 
+def _packed(openings: Iterable[Opening]) -> dict[str, list[nfnetlink.Element]]:
+    """The same elements as the kernel has them: keys, and data of maps. A user's id is in the host's order."""
+    owners: list[nfnetlink.Element] = []
+    published: list[nfnetlink.Element] = []
+    for opening in openings:
+        address = socket.inet_aton(opening.address)
+        owners.append((nfnetlink.concatenation(address, _UID.pack(opening.uid)), b""))
+        published.extend((nfnetlink.concatenation(bytes([_PROTOCOLS[p.protocol]]), _PORT.pack(p.published)),
+                          nfnetlink.concatenation(address, _PORT.pack(p.port))) for p in opening.publications)
+    return {name: elements for name, elements in (("owners", owners), ("published", published)) if elements}
+
+
 def _present(openings: Iterable[Opening], uplinks: Iterable[str]) -> set[tuple[str, str]]:
     return ({(name, _numeric(value)) for name, values in _elements(openings) for value in values}
             | {("uplinks", name) for name in uplinks})
@@ -250,7 +300,7 @@ def _present(openings: Iterable[Opening], uplinks: Iterable[str]) -> set[tuple[s
 def _numeric(value: str) -> str:
     """An element as nft lists it with NUMERIC_PROTO. Names come from /etc/protocols, which small hosts lack."""
     first, separator, rest = value.partition(" . ")
-    return _PROTOCOLS.get(first, first) + separator + rest
+    return str(_PROTOCOLS.get(first, first)) + separator + rest
 
 
 def _flat(element: Any) -> str:

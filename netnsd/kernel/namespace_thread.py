@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import enum
 import errno
+import heapq
 import itertools
 import os
 import queue
@@ -42,7 +43,9 @@ class NamespaceThread:
     """Runs jobs in its thread. Use it as a context manager: leaving it ends the thread after what is queued."""
 
     def __init__(self) -> None:
-        self._jobs: queue.PriorityQueue[tuple[int, int, _Job | None]] = queue.PriorityQueue()
+        # queue.PriorityQueue is Python and takes two locks per job; a push onto a heap is one step of the interpreter.
+        self._jobs: list[tuple[int, int, _Job | None]] = []
+        self._more: queue.SimpleQueue[None] = queue.SimpleQueue()
         self._order = itertools.count()
         self._host_fd = os.open(_SELF_NETNS, os.O_RDONLY | os.O_CLOEXEC)
         self._thread = threading.Thread(target=self._work, name="namespaces", daemon=True)
@@ -59,7 +62,7 @@ class NamespaceThread:
 
     def __exit__(self, *_: object) -> None:
         self._closed = True
-        self._jobs.put((Priority.STOP, next(self._order), None))
+        self._put(Priority.STOP, None)
         self._thread.join()
         os.close(self._host_fd)
 
@@ -86,16 +89,21 @@ class NamespaceThread:
                 libc.setns(self._host_fd, libc.CLONE_NEWNET)
                 token.run_sync_soon(done.set)
 
-        self._jobs.put((priority, next(self._order), call))
+        self._put(priority, call)
         with trio.CancelScope(shield=True):
             await done.wait()
         if failure:
             raise failure[0]
         return result[0]
 
+    def _put(self, priority: Priority, job: _Job | None) -> None:
+        heapq.heappush(self._jobs, (priority, next(self._order), job))
+        self._more.put(None)
+
     def _work(self) -> None:
         while True:
-            _priority, _order, job = self._jobs.get()
+            self._more.get()
+            _priority, _order, job = heapq.heappop(self._jobs)
             if job is None:
                 return
             job()

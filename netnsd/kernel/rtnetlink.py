@@ -27,7 +27,7 @@ _SOL_NETLINK, _NETLINK_CAP_ACK = 270, 10
 _RTM_NEWLINK, _RTM_DELLINK, _RTM_NEWADDR, _RTM_NEWROUTE, _RTM_NEWNEIGH, _RTM_DELNEIGH = 16, 17, 20, 24, 28, 29
 _IFF_UP = 0x1
 (_IFLA_ADDRESS, _IFLA_IFNAME, _IFLA_MTU, _IFLA_MASTER, _IFLA_LINKINFO, _IFLA_IFALIAS, _IFLA_GROUP,
- _IFLA_NET_NS_FD) = 1, 3, 4, 10, 18, 20, 27, 28
+ _IFLA_NET_NS_FD, _IFLA_NUM_TX_QUEUES, _IFLA_NUM_RX_QUEUES) = 1, 3, 4, 10, 18, 20, 27, 28, 31, 32
 _IFLA_INFO_KIND, _IFLA_INFO_DATA, _IFLA_INFO_SLAVE_KIND, _IFLA_INFO_SLAVE_DATA = 1, 2, 4, 5
 _VETH_INFO_PEER = 1
 _IFLA_BRPORT_ISOLATED = 33
@@ -127,8 +127,12 @@ def host_batch(slot: Slot, netns_fd: int) -> Batch:
     The peer cannot be born up (ENOTCONN), so ``inside_batch`` does that.
     """
     batch = Batch()
+    # A veth has a queue per CPU by default, and each queue its directories in sysfs; the queues are without locks, and
+    # one carries as much.
+    one_queue = _number(_IFLA_NUM_TX_QUEUES, 1) + _number(_IFLA_NUM_RX_QUEUES, 1)
     peer = _IFINFO.pack(0, 0, INSIDE_IFINDEX, 0, 0) + b"".join([
         _text(_IFLA_IFNAME, "eth0"),
+        one_queue,
         _number(_IFLA_NET_NS_FD, netns_fd),
         _attribute(_IFLA_ADDRESS, slot.mac),
     ])
@@ -136,6 +140,7 @@ def host_batch(slot: Slot, netns_fd: int) -> Batch:
         _RTM_NEWLINK, _NLM_F_CREATE | _NLM_F_EXCL,
         _IFINFO.pack(0, 0, slot.port_ifindex, _IFF_UP, _IFF_UP),
         _text(_IFLA_IFNAME, slot.port_name),
+        one_queue,
         _attribute(_IFLA_ADDRESS, slot.port_mac),
         _number(_IFLA_MASTER, slot.bridge.ifindex),
         _number(_IFLA_GROUP, LINK_GROUP),

@@ -51,9 +51,11 @@ def test_host_batch(slot: Any) -> None:
     veth, isolate, neighbour = map(decoded, batch.messages)
     assert veth == ("newlink", CREATE | EXCL, {
         "index": slot.port_ifindex, "flags": 1, "change": 1, "IFLA_IFNAME": slot.port_name,
+        "IFLA_NUM_TX_QUEUES": 1, "IFLA_NUM_RX_QUEUES": 1,
         "IFLA_ADDRESS": slot.port_mac.hex(":"), "IFLA_MASTER": slot.bridge.ifindex, "IFLA_GROUP": rtnetlink.LINK_GROUP,
         "IFLA_LINKINFO": {"IFLA_INFO_KIND": "veth", "IFLA_INFO_DATA": {"VETH_INFO_PEER": {
-            "index": 2, "IFLA_IFNAME": "eth0", "IFLA_NET_NS_FD": 77, "IFLA_ADDRESS": slot.mac.hex(":")}}}})
+            "index": 2, "IFLA_IFNAME": "eth0", "IFLA_NUM_TX_QUEUES": 1, "IFLA_NUM_RX_QUEUES": 1,
+            "IFLA_NET_NS_FD": 77, "IFLA_ADDRESS": slot.mac.hex(":")}}}})
     assert isolate == ("newlink", 0, {
         "index": slot.port_ifindex, "IFLA_IFALIAS": rtnetlink.LINK_ALIAS,
         "IFLA_LINKINFO": {"IFLA_INFO_SLAVE_KIND": "bridge", "IFLA_INFO_SLAVE_DATA": {"IFLA_BRPORT_ISOLATED": 1}}})
