@@ -19,10 +19,13 @@ import trio
 from netnsd import wire
 from netnsd.core import reconcile, specification
 from netnsd.core.actor import Actor
-from netnsd.core.addressing import Plan
+from netnsd.core.addressing import Plan, Slot
+from netnsd.core.allocation import SlotAllocator
 from netnsd.core.batch import Batcher
 from netnsd.core.environment import Environment, StoredState
 from netnsd.core.interfaces import Cgroups, Clock, Files, Firewall, Network, Opening, Processes, Publication, Store
+from netnsd.core.pool import Pool, SlotSpoilt
+from netnsd.core.quiet import Quiet
 from netnsd.core.registry import Blueprint, Registry, Settings
 from netnsd.core.supervisor import Supervisor, group_of
 from netnsd.core.waiting import Aim, Waits
@@ -63,10 +66,14 @@ class Environments:
         self._emit = emit
         self._locks: dict[str, trio.Lock] = {}
         self._furnished: set[str] = set()
+        self._quiet = Quiet()
         self._reaper: Batcher[Environment] = Batcher(self._reap, _REMOVAL_BATCH)
         self._supervisor = Supervisor(adapters, emit, settings.hard_limits)
-        self.registry = Registry(plan, settings, adapters.store, adapters.clock,
+        self._slots = SlotAllocator(plan.slots)
+        self.registry = Registry(settings, adapters.store, adapters.clock, self._slots,
                                  is_listening=adapters.firewall.is_listening, is_taken=adapters.network.is_taken)
+        self.pool = Pool(adapters.network, self._slots, plan, settings.pool, self._quiet,
+                         tell=lambda reason: emit("pool_stuck", 0, "", "", reason=reason))
         self._waits = Waits(adapters.network, self.registry.__contains__, self._supervisor.changed)
         self._nursery: trio.Nursery | None = None
 
@@ -79,6 +86,7 @@ class Environments:
             await self._nursery.start(self._supervisor.run)
             await self._take_over()
             self._nursery.start_soon(self._supervisor.follow_exits)
+            self._nursery.start_soon(self.pool.run)
             task_status.started()
 
     async def check(self) -> bool:
@@ -145,15 +153,42 @@ class Environments:
 
     async def create(self, request: wire.CreateRequest, actor: Actor) -> Environment:
         """Make an environment and start its services. It is whole when this returns, or gone when it raises."""
+        with self._quiet.disturbed():
+            return await self._create(request, actor)
+
+    async def _create(self, request: wire.CreateRequest, actor: Actor) -> Environment:
         blueprint = Blueprint.of(request, actor, self._settings)
         existing = self.registry.own(actor, blueprint.name)
         if existing is not None and request.replace:
             await self.remove(existing)
-        environment = self.registry.reserve(blueprint, actor)
+        slot = self.pool.take()
+        if slot is not None:
+            try:
+                return await self._make(blueprint, actor, slot, is_warm=True)
+            except SlotSpoilt as error:
+                self._emit("slot_spoilt", 0, "", "", slot=slot.index, reason=str(error))
+        return await self._make(blueprint, actor, self._plan.slot(self._slots.take()), is_warm=False)
+
+    async def _make(self, blueprint: Blueprint, actor: Actor, slot: Slot, *, is_warm: bool) -> Environment:
+        try:
+            environment = self.registry.reserve(blueprint, actor, slot)
+        except BaseException:
+            if is_warm:
+                self.pool.put_back(slot)
+            else:
+                self._slots.release(slot.index)
+            raise
         lock = self._lock(environment.id)
         lock.acquire_nowait()  # nobody knows it yet; a wait here that is cancelled would leave the row
         try:
-            await self._make(environment)
+            await (self._claim(environment) if is_warm else self._a.network.wire(slot, environment.netns))
+            await self._a.firewall.open(_opening(environment))
+            if environment.services:
+                await self._furnish(environment)
+                for service in list(environment.services.values()):
+                    await self._supervisor.start(environment, service)
+            self._waits.require(environment)  # it may have been removed meanwhile
+            self._set_state(environment, "ready")
         except BaseException:
             with trio.move_on_after(_UNDO_SECONDS, shield=True):
                 await self._undo(environment)
@@ -161,20 +196,18 @@ class Environments:
         finally:
             lock.release()
         self._tell("created", environment)
-        return environment
-
-    async def _make(self, environment: Environment) -> None:
-        await self._a.network.wire(environment.slot, environment.netns)
-        await self._a.firewall.open(_opening(environment))
-        if environment.services:
-            await self._furnish(environment)
-            for service in list(environment.services.values()):
-                await self._supervisor.start(environment, service)
-        self._waits.require(environment)  # it may have been removed meanwhile
-        self._set_state(environment, "ready")
         if not environment.services:
             assert self._nursery is not None
             self._nursery.start_soon(self._furnish_behind, environment)
+        return environment
+
+    async def _claim(self, environment: Environment) -> None:
+        try:
+            await self._a.network.claim(environment.slot, environment.netns)
+        except KernelError as error:
+            raise SlotSpoilt(error.message) from error
+        if not environment.ports:
+            self._furnished.add(environment.id)
 
     async def _furnish(self, environment: Environment) -> None:
         if environment.id not in self._furnished:
@@ -183,7 +216,8 @@ class Environments:
 
     async def _furnish_behind(self, environment: Environment) -> None:
         """Furnish after the answer: nothing runs there yet. A failure shows when something is to run."""
-        if environment not in self.registry:
+        await self._quiet.wait()
+        if environment not in self.registry or environment.id in self._furnished:
             return
         async with self._lock(environment.id):
             if environment.state == "ready":

@@ -146,12 +146,31 @@ class Network(Protocol):
         """
         ...
 
-    async def furnish(self, slot: Slot, publications: Sequence[Publication]) -> None:
-        """What servers need and creating does not: sysctls, and reaching what listens on loopback only."""
+    async def prepare(self, slot: Slot) -> None:
+        """Make and wire the namespace before anybody needs it, pinned as the slot's alone, and furnish it.
+
+        Raises KernelError; something of the slot may be left.
+        """
         ...
 
-    async def unwire(self, slots: Sequence[tuple[Slot, str]]) -> None:
+    async def claim(self, slot: Slot, netns: str) -> None:
+        """Give a prepared slot its name: it is as a wired and furnished one then.
+
+        Raises NetnsTaken, and KernelError where something of the slot is missing.
+        """
+        ...
+
+    async def furnish(self, slot: Slot, publications: Sequence[Publication]) -> None:
+        """What servers need and creating does not: sysctls, and reaching what listens on loopback only.
+
+        May be done again, also with more publications.
+        """
+        ...
+
+    async def unwire(self, slots: Sequence[tuple[Slot, str | None]]) -> None:
         """Remove links, names and pins of (slot, netns) pairs, in bulk; what is gone already is fine.
+
+        ``netns`` is "" where nobody knows the name, and None where there is none.
 
         A name that is not our namespace's stays. Raises an ExceptionGroup after having tried everything.
         """

@@ -14,10 +14,11 @@ from typing import TYPE_CHECKING
 from netnsd import wire
 from netnsd.core import specification
 from netnsd.core.actor import Actor
-from netnsd.core.addressing import Plan
+from netnsd.core.addressing import Slot
 from netnsd.core.allocation import PortAllocator, SlotAllocator
 from netnsd.core.environment import Command, Environment, PublishedPort, Service
 from netnsd.core.interfaces import Clock, Store
+from netnsd.core.pool import PoolSettings
 from netnsd.errors import NameTaken, NetnsTaken, NotFound
 
 if TYPE_CHECKING:
@@ -37,6 +38,7 @@ class Settings:
     allow_setuid: bool
     boot_id: str
     hard_limits: dict[str, int] = field(default_factory=dict)
+    pool: PoolSettings = field(default_factory=PoolSettings)
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,20 +73,21 @@ class Registry:
 
     Args:
         store: written before anything is taken.
+        slots: who has which slot; those of what is remembered are claimed there, those of what is released go back.
         is_listening: whether a socket of the host has a port of a protocol.
         is_taken: whether the host has a namespace of a name.
     """
 
-    def __init__(self, plan: Plan, settings: Settings, store: Store, clock: Clock, *,
+    def __init__(self, settings: Settings, store: Store, clock: Clock, slots: SlotAllocator, *,
                  is_listening: Callable[[str, int], bool], is_taken: Callable[[str], bool]) -> None:
-        self._plan = plan
         self._settings = settings
         self._store = store
         self._clock = clock
         self._is_taken = is_taken
         self._by_id: dict[str, Environment] = {}
         self._by_name: dict[tuple[int, str], Environment] = {}
-        self._slots = SlotAllocator(plan.slots)
+        self._netns: set[str] = set()
+        self._slots = slots
         self._ports = PortAllocator(*settings.published_range, is_listening)
 
     def __contains__(self, environment: Environment) -> bool:
@@ -127,14 +130,13 @@ class Registry:
                 if (actor.may_see(e.uid) if everyones else e.uid == actor.uid)
                 and all(e.labels.get(key) == value for key, value in labels.items())]
 
-    def reserve(self, blueprint: Blueprint, actor: Actor) -> Environment:
-        """Take a name, a slot and ports, and write the intent. All or nothing."""
+    def reserve(self, blueprint: Blueprint, actor: Actor, slot: Slot) -> Environment:
+        """Take a name and ports, and write the intent for ``slot``, which is the caller's. All or nothing."""
         if self.own(actor, blueprint.name) is not None:
             raise NameTaken(f"you have an environment {blueprint.name!r} already",
                             hint="Choose another name, remove it, or pass --replace.", name=blueprint.name)
         netns = self._free_netns(blueprint.name, actor)
         environment_id = str(uuid.uuid4())
-        slot = self._plan.slot(self._slots.take())
         ports: list[PublishedPort] = []
         try:
             for wanted in blueprint.ports:
@@ -147,16 +149,15 @@ class Registry:
             with self._store.transaction():
                 self._store.add(environment)
         except BaseException:
-            self._slots.release(slot.index)
             for port in ports:
                 self._ports.release(port.protocol, port.published)
             raise
-        self._by_id[environment.id] = self._by_name[environment.uid, environment.name] = environment
+        self._know(environment)
         return environment
 
     def remember(self, environment: Environment) -> None:
         """Know an environment of an earlier run, and what it holds."""
-        self._by_id[environment.id] = self._by_name[environment.uid, environment.name] = environment
+        self._know(environment)
         self._slots.claim(environment.slot.index)
         for port in environment.ports:
             self._ports.restore(port.protocol, port.published, environment.id)
@@ -167,9 +168,14 @@ class Registry:
             self._store.delete(environment.id)
         del self._by_id[environment.id]
         del self._by_name[environment.uid, environment.name]
+        self._netns.discard(environment.netns)
         self._slots.release(environment.slot.index)
         for port in environment.ports:
             self._ports.release(port.protocol, port.published)
+
+    def _know(self, environment: Environment) -> None:
+        self._by_id[environment.id] = self._by_name[environment.uid, environment.name] = environment
+        self._netns.add(environment.netns)
 
     def _lease(self, wanted: wire.PortRequest, environment_id: str, actor: Actor) -> PublishedPort:
         if wanted.publish is None:
@@ -185,9 +191,8 @@ class Registry:
 
     def _free_netns(self, name: str, actor: Actor) -> str:
         user = actor.user if _USER_IN_NETNS.match(actor.user) else str(actor.uid)
-        ours = {e.netns for e in self._by_id.values()}
         for candidate in (name, f"{name}.{user}"):
-            if candidate not in ours and not self._is_taken(candidate):
+            if candidate not in self._netns and not self._is_taken(candidate):
                 return candidate
         raise NetnsTaken(f"namespaces {name!r} and '{name}.{user}' both exist and are not this environment's",
                          hint="Choose another name.", name=name)

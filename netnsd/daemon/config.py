@@ -20,6 +20,7 @@ from netnsd.core.specification import LIMITS
 from netnsd.errors import ConfigError
 
 DEFAULT_FILE = Path("/etc/netnsd/netnsd.toml")
+_POOL_MOST = 1000
 _PREFIX = "NETNSD_"
 # Variables of that prefix that are not settings: the client's, and what servers are given.
 _NOT_SETTINGS = frozenset({"NETNSD_SOCKET", "NETNSD_NAME", "NETNSD_ID", "NETNSD_IP", "NETNSD_URL"})
@@ -72,6 +73,18 @@ class Services(Section, frozen=True, kw_only=True, forbid_unknown_fields=True):
     hard_limits: dict[str, int] = {}
 
 
+class Pool(Section, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """``[pool]``: namespaces made before demand.
+
+    ``size``: kept ready, 0 for none. ``most``: up to so many while creations come fast. ``rate``: made per
+    second, at most.
+    """
+
+    size: int = 8
+    most: int = 64
+    rate: float = 100.0
+
+
 class Config(Section, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """The whole configuration."""
 
@@ -79,6 +92,7 @@ class Config(Section, frozen=True, kw_only=True, forbid_unknown_fields=True):
     network: Network = Network()
     ports: Ports = Ports()
     services: Services = Services()
+    pool: Pool = Pool()
 
     @property
     def published_range(self) -> tuple[int, int]:
@@ -179,6 +193,8 @@ def _check(config: Config, source: str) -> None:
         ("[network] mtu", config.network.mtu, 576, 65535), ("[network] flows", config.network.flows, 16, 1 << 20),
         ("[services] log_bytes", config.services.log_bytes, 1 << 16, 1 << 40),
         ("[daemon] grace_seconds", config.daemon.grace_seconds, 0, 600),
+        ("[pool] size", config.pool.size, 0, _POOL_MOST), ("[pool] most", config.pool.most, 0, _POOL_MOST),
+        ("[pool] rate", config.pool.rate, 0.1, 10_000),
         ("[daemon] connections_per_user", config.daemon.connections_per_user, 1, 10_000),
     ):
         if not least <= value <= most:

@@ -13,6 +13,7 @@ import socket
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import structlog
 import trio
 
@@ -24,6 +25,7 @@ from netnsd.api.closing import Closer
 from netnsd.api.routes import Context
 from netnsd.api.server import Gate, HttpServer
 from netnsd.core.environments import Adapters, Environments
+from netnsd.core.pool import PoolSettings
 from netnsd.core.registry import Settings
 from netnsd.daemon.config import Config
 from netnsd.errors import ConfigError, HostUnfit, NetnsdError, SupernetConflict
@@ -102,7 +104,7 @@ class Node:
             adapters = Adapters(network, firewall, processes, cgroups, store, files, self._clock)
             services = self._config.services
             settings = Settings(self._config.published_range, services.allow_setuid, host.boot_id(),
-                                services.hard_limits)
+                                services.hard_limits, PoolSettings(**msgspec.structs.asdict(self._config.pool)))
             self.environments = Environments(adapters, plan, settings, self._emit)
             try:
                 # What environments lean on ends after them.
@@ -121,6 +123,8 @@ class Node:
                     below.cancel_scope.cancel()
             finally:
                 with trio.move_on_after(self._config.daemon.grace_seconds, shield=True):
+                    with contextlib.suppress(ExceptionGroup):  # what is left goes with the orphans of the next start
+                        await self.environments.pool.drain()
                     unused = len(self.environments.registry) == 0
                     if unused:
                         processes.retire()

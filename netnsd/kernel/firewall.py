@@ -98,8 +98,7 @@ table ip netnsd {
   }
 }
 """
-_PROTOCOLS = {"tcp": socket.IPPROTO_TCP, "udp": socket.IPPROTO_UDP}
-_UID, _PORT = struct.Struct("=I"), struct.Struct(">H")
+_UID = struct.Struct("=I")
 _REPLACE = "add table ip netnsd\ndelete table ip netnsd\n"
 
 
@@ -287,8 +286,8 @@ def _packed(openings: Iterable[Opening]) -> dict[str, list[nfnetlink.Element]]:
     for opening in openings:
         address = socket.inet_aton(opening.address)
         owners.append((nfnetlink.concatenation(address, _UID.pack(opening.uid)), b""))
-        published.extend((nfnetlink.concatenation(bytes([_PROTOCOLS[p.protocol]]), _PORT.pack(p.published)),
-                          nfnetlink.concatenation(address, _PORT.pack(p.port))) for p in opening.publications)
+        published.extend(nfnetlink.publication(p.protocol, p.published, address, nfnetlink.port(p.port))
+                         for p in opening.publications)
     return {name: elements for name, elements in (("owners", owners), ("published", published)) if elements}
 
 
@@ -300,7 +299,7 @@ def _present(openings: Iterable[Opening], uplinks: Iterable[str]) -> set[tuple[s
 def _numeric(value: str) -> str:
     """An element as nft lists it with NUMERIC_PROTO. Names come from /etc/protocols, which small hosts lack."""
     first, separator, rest = value.partition(" . ")
-    return str(_PROTOCOLS.get(first, first)) + separator + rest
+    return str(nfnetlink.PROTOCOLS.get(first, first)) + separator + rest
 
 
 def _flat(element: Any) -> str:

@@ -7,10 +7,12 @@ loopback alone. And an environment reaches its own published ports as the host d
 
 from __future__ import annotations
 
+import contextlib
 import os
 from collections.abc import Sequence
 
 from netnsd.core.interfaces import Publication
+from netnsd.kernel import nfnetlink
 from netnsd.kernel.nft import Nft, NftError
 
 _SYSCTLS = (
@@ -24,7 +26,7 @@ _IPV6_OFF = "/proc/sys/net/ipv6/conf/all/disable_ipv6"
 
 _TABLE = """
 table ip netnsd {
-  map published { type inet_proto . inet_service : inet_service; @published@ }
+  map published { type inet_proto . inet_service : inet_service; }
   chain guard {
     type filter hook prerouting priority -300;
     iifname "eth0" ip daddr 127.0.0.0/8 drop
@@ -69,16 +71,22 @@ def furnish(host: str, publications: Sequence[Publication]) -> None:
     # (nft_rcv_nl_event in net/netfilter/nf_tables_api.c).
     with Nft() as nft:
         try:
-            nft.run("create table ip netnsd\n" + _table(host, publications))
+            nft.run("create table ip netnsd\n" + _TABLE.replace("@host@", host))
         except NftError as error:
             if not error.exists:
                 raise
+    publish(publications)
 
 
-def _table(host: str, publications: Sequence[Publication]) -> str:
-    elements = ", ".join(f"{p.protocol} . {p.published} : {p.port}" for p in publications)
-    published = f"elements = {{ {elements} }}" if elements else ""
-    return _TABLE.replace("@host@", host).replace("@published@", published)
+def publish(publications: Sequence[Publication]) -> None:
+    """Let the calling thread's namespace, which is furnished, reach its own published ports. May be done again.
+
+    Raises OSError.
+    """
+    if publications:
+        with contextlib.closing(nfnetlink.ElementSocket("netnsd")) as elements:
+            elements.add({"published": [nfnetlink.publication(p.protocol, p.published, nfnetlink.port(p.port))
+                                        for p in publications]})
 
 
 def _write(path: str, value: bytes) -> None:

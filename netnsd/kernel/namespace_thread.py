@@ -135,9 +135,14 @@ def open_own() -> int:
 
 def pin(path: str) -> None:
     """Bind the calling thread's network namespace on the new file ``path``. Raises FileExistsError."""
+    bind(_SELF_NETNS, path)
+
+
+def bind(source: str, path: str) -> None:
+    """Bind the namespace at ``source`` on the new file ``path``. Raises FileExistsError."""
     os.close(os.open(path, os.O_RDONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o444))
     try:
-        libc.mount(_SELF_NETNS, path, None, libc.MS_BIND)
+        libc.mount(source, path, None, libc.MS_BIND)
     except OSError:
         os.unlink(path)
         raise

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import errno
 import os
+import socket
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from pathlib import Path
@@ -58,6 +59,15 @@ class KernelNetwork:
         """See ``core.interfaces.Network``."""
         await self._thread.run(lambda: self._wire(slot, netns), Priority.CREATE)
 
+    async def prepare(self, slot: Slot) -> None:
+        """See ``core.interfaces.Network``."""
+        await self._thread.run(lambda: self._wire(slot, None), Priority.FURNISH)
+        await self.furnish(slot, ())
+
+    async def claim(self, slot: Slot, netns: str) -> None:
+        """See ``core.interfaces.Network``."""
+        await self._thread.run(lambda: self._claim(slot, netns), Priority.CREATE)
+
     async def furnish(self, slot: Slot, publications: Sequence[Publication]) -> None:
         """See ``core.interfaces.Network``."""
         await self._in_slot("furnish", slot, lambda: inner.furnish(slot.bridge.address, publications),
@@ -67,7 +77,7 @@ class KernelNetwork:
         """See ``core.interfaces.Network``."""
         return await self._in_slot("listeners", slot, sockets.listeners, Priority.CHECK)
 
-    async def unwire(self, slots: Sequence[tuple[Slot, str]]) -> None:
+    async def unwire(self, slots: Sequence[tuple[Slot, str | None]]) -> None:
         """See ``core.interfaces.Network``."""
         await self._thread.run(lambda: self._unwire(slots), Priority.REMOVE)
 
@@ -116,7 +126,8 @@ class KernelNetwork:
             libc.umount2(str(self._pins), libc.MNT_DETACH)
             self._pins.rmdir()
 
-    def _wire(self, slot: Slot, netns: str) -> None:
+    def _wire(self, slot: Slot, netns: str | None) -> None:
+        """Make everything of a slot; its name comes last, so that what has its name is whole."""
         assert self._route is not None
         stage = "bridge"
         try:
@@ -128,8 +139,6 @@ class KernelNetwork:
                 namespace_thread.unpin(self._pin(slot.index))  # one that is there is ours, of a slot that is free
                 namespace_thread.pin(self._pin(slot.index))
                 undo.callback(namespace_thread.unpin, self._pin(slot.index))
-                self._name(netns)
-                undo.callback(self._unname, slot.index, str(NETNS_DIRECTORY / netns))
                 stage = "link"
                 own = namespace_thread.open_own()
                 try:
@@ -145,18 +154,28 @@ class KernelNetwork:
                 stage = "carrier"
                 namespace_thread.leave(self._thread.host_fd)
                 carrier.await_running(slot.bridge.name, slot.port_name)
+                if netns is not None:
+                    stage = "name"
+                    self._name(slot.index, netns)
                 undo.pop_all()
         except OSError as error:
             raise KernelError.at(getattr(error, "stage", stage), error) from error
 
-    def _name(self, netns: str) -> None:
+    def _claim(self, slot: Slot, netns: str) -> None:
         try:
-            namespace_thread.pin(str(NETNS_DIRECTORY / netns))
+            socket.if_nametoindex(slot.port_name)
+            self._name(slot.index, netns)
+        except OSError as error:
+            raise KernelError.at("claim", error) from error
+
+    def _name(self, index: int, netns: str) -> None:
+        try:
+            namespace_thread.bind(self._pin(index), f"{NETNS_DIRECTORY}/{netns}")
         except FileExistsError as error:
             raise NetnsTaken(f"the namespace {netns!r} was made by somebody else meanwhile",
                              hint="Choose another name.", netns=netns) from error
 
-    def _unwire(self, slots: Sequence[tuple[Slot, str]]) -> None:
+    def _unwire(self, slots: Sequence[tuple[Slot, str | None]]) -> None:
         errors: list[Exception] = []
 
         def attempt(stage: str, action: Callable[[], None]) -> None:
@@ -172,20 +191,22 @@ class KernelNetwork:
                                                          if (inode := _inode(self._pin(slot.index)))
                                                          and _is_namespace(inode)}))
         for slot, netns in slots:
-            name = str(NETNS_DIRECTORY / (netns or self._name_of(slot.index)))
-            attempt("unpin", lambda index=slot.index, name=name: self._unname(index, name))  # type: ignore[misc]
+            name = netns if netns != "" else self._name_of(slot.index)
+            if name is not None:
+                attempt("unpin", lambda index=slot.index, name=name: self._unname(  # type: ignore[misc]
+                    index, f"{NETNS_DIRECTORY}/{name}"))
             attempt("unpin", lambda index=slot.index: namespace_thread.unpin(self._pin(index)))  # type: ignore[misc]
         if errors:
             raise ExceptionGroup("unwire", errors)
 
-    def _name_of(self, index: int) -> str:
-        """The name in /run/netns of a slot that no record tells of; "." where it has none."""
+    def _name_of(self, index: int) -> str | None:
+        """The name in /run/netns of a slot that no record tells of."""
         ours = _inode(self._pin(index))
         for name in os.listdir(NETNS_DIRECTORY):
             named = _inode(str(NETNS_DIRECTORY / name))
             if ours is not None and named is not None and _is_namespace(named) and named.st_ino == ours.st_ino:
                 return name
-        return "."
+        return None
 
     def _unlink(self, slots: list[Slot]) -> None:
         assert self._route is not None

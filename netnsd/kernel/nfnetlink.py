@@ -31,6 +31,7 @@ _ATTRIBUTE = struct.Struct("=HH")
 _ELEMENTS_EACH = 1000
 _RECEIVE_BYTES = 65536
 
+PROTOCOLS = {"tcp": socket.IPPROTO_TCP, "udp": socket.IPPROTO_UDP}
 Element = tuple[bytes, bytes]
 
 
@@ -99,8 +100,20 @@ def batch(kind: int, table: bytes, elements: dict[str, list[Element]]) -> list[b
 
 
 def concatenation(*parts: bytes) -> bytes:
-    """A key or data of several parts: each begins at a multiple of 4 bytes, a register of nf_tables."""
+    """A key or data: of several parts each begins at a multiple of 4 bytes, a register of nf_tables."""
+    if len(parts) == 1:
+        return parts[0]
     return b"".join(part.ljust(-(-len(part) // 4) * 4, b"\0") for part in parts)
+
+
+def port(number: int) -> bytes:
+    """A port as data or as a part of a key (inet_service)."""
+    return struct.pack(">H", number)
+
+
+def publication(protocol: str, published: int, *target: bytes) -> Element:
+    """An element of a map from protocol and published port (inet_proto . inet_service) to ``target``."""
+    return concatenation(bytes([PROTOCOLS[protocol]]), port(published)), concatenation(*target)
 
 
 def _control(kind: int) -> bytes:

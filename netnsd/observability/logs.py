@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import sys
+from typing import Any
 
+import msgspec
 import structlog
 
 
@@ -11,7 +13,7 @@ def configure(level: str) -> None:
     """Set up structlog for the process; ``level`` is debug, info, warning or error."""
     terminal = sys.stderr.isatty()
     renderer: structlog.typing.Processor = (
-        structlog.dev.ConsoleRenderer() if terminal else structlog.processors.JSONRenderer())
+        structlog.dev.ConsoleRenderer() if terminal else structlog.processors.JSONRenderer(serializer=_json))
     structlog.configure(
         processors=[
             structlog.contextvars.merge_contextvars,
@@ -21,6 +23,12 @@ def configure(level: str) -> None:
             renderer,
         ],
         wrapper_class=structlog.make_filtering_bound_logger(level),
-        logger_factory=structlog.PrintLoggerFactory(sys.stderr),
+        logger_factory=(structlog.PrintLoggerFactory(sys.stderr) if terminal
+                        else structlog.BytesLoggerFactory(sys.stderr.buffer)),
         cache_logger_on_first_use=True,
     )
+
+
+def _json(entry: Any, **_: Any) -> bytes:
+    """What is none of JSON's types is shown as Python shows it. A line is written by every change: msgspec is fast."""
+    return msgspec.json.encode(entry, enc_hook=repr)

@@ -15,7 +15,7 @@ class FakeNetwork:
     """Implements ``core.interfaces.Network``. ``foreign`` are namespaces' names that others made."""
 
     def __init__(self) -> None:
-        self.slots: dict[int, str] = {}
+        self.slots: dict[int, str | None] = {}
         self.foreign: set[str] = set()
         self.furnished: dict[int, tuple[Publication, ...]] = {}
         self.heard: dict[int, set[Listener]] = {}
@@ -26,12 +26,25 @@ class FakeNetwork:
             raise NetnsTaken(f"the namespace {netns!r} was made by somebody else meanwhile", netns=netns)
         self.slots[slot.index] = netns
 
+    async def prepare(self, slot: Slot) -> None:
+        await trio.lowlevel.checkpoint()
+        self.slots[slot.index] = None
+        self.furnished.setdefault(slot.index, ())
+
+    async def claim(self, slot: Slot, netns: str) -> None:
+        await trio.lowlevel.checkpoint()
+        self._require(slot, "claim")
+        if self.is_taken(netns):
+            raise NetnsTaken(f"the namespace {netns!r} was made by somebody else meanwhile", netns=netns)
+        self.slots[slot.index] = netns
+
     async def furnish(self, slot: Slot, publications: Sequence[Publication]) -> None:
         await trio.lowlevel.checkpoint()
         self._require(slot, "furnish")
-        self.furnished.setdefault(slot.index, tuple(publications))
+        held = self.furnished.get(slot.index, ())
+        self.furnished[slot.index] = held + tuple(p for p in publications if p not in held)
 
-    async def unwire(self, slots: Sequence[tuple[Slot, str]]) -> None:
+    async def unwire(self, slots: Sequence[tuple[Slot, str | None]]) -> None:
         await trio.lowlevel.checkpoint()
         for slot, _netns in slots:
             for held in (self.slots, self.furnished, self.heard):

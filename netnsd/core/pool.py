@@ -1,0 +1,154 @@
+"""Slots made before demand: wired, furnished, and nobody's. A creation that gets one has only to name it.
+
+A slot that had an owner is never used again: it is deleted, and another one made. What a killed daemon left of its pool
+belongs to no environment, and goes with the orphans at the next start.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import trio
+
+from netnsd.core.addressing import Plan, Slot
+from netnsd.core.allocation import SlotAllocator
+from netnsd.core.interfaces import Network
+from netnsd.core.quiet import Quiet
+from netnsd.errors import NetnsdError
+
+_RECENT_SECONDS = 10.0
+_AGAIN_SECONDS = 5.0
+
+
+@dataclass(frozen=True, slots=True)
+class PoolSettings:
+    """``size``: kept ready. ``most``: up to so many while creations come fast. ``rate``: made per second, at most."""
+
+    size: int = 0
+    most: int = 0
+    rate: float = 100.0
+
+
+class SlotSpoilt(Exception):
+    """Somebody took a part of a slot away before it was claimed. Nobody outside hears of it: another is made."""
+
+
+class Pool:
+    """Slots that are ready to be claimed. ``run`` fills it.
+
+    Between ``size`` and ``most`` it keeps as many as were asked for in the last ten seconds, as demand comes again.
+
+    Args:
+        quiet: says when nobody waits for a creation; slots are made then.
+        tell: is told why it cannot be filled, once per reason.
+    """
+
+    def __init__(self, network: Network, slots: SlotAllocator, plan: Plan, settings: PoolSettings, quiet: Quiet, *,
+                 tell: Callable[[str], None]) -> None:
+        self._network = network
+        self._slots = slots
+        self._plan = plan
+        self._settings = settings
+        self._quiet = quiet
+        self._tell = tell
+        self._ready: deque[Slot] = deque()
+        self._asked: deque[float] = deque(maxlen=max(settings.most, 1))
+        self._changed = trio.Event()
+        self.size = settings.size
+        self.claimed = 0
+        self.missed = 0
+        self.reason = ""
+
+    @property
+    def ready(self) -> int:
+        """How many can be claimed now."""
+        return len(self._ready)
+
+    @property
+    def target(self) -> int:
+        """How many there should be."""
+        if not self.size:
+            return 0
+        oldest = trio.current_time() - _RECENT_SECONDS
+        while self._asked and self._asked[0] < oldest:
+            self._asked.popleft()
+        return max(self.size, len(self._asked))
+
+    def take(self) -> Slot | None:
+        """A slot for the caller alone, or None: it makes its own then. Nothing here awaits."""
+        if self.size:
+            self._asked.append(trio.current_time())
+            self._pulse()
+        if not self._ready:
+            self.missed += 1
+            return None
+        self.claimed += 1
+        return self._ready.popleft()
+
+    def put_back(self, slot: Slot) -> None:
+        """Take back a slot that was never anybody's."""
+        self.claimed -= 1
+        self._ready.appendleft(slot)
+        self._pulse()
+
+    def resize(self, size: int) -> None:
+        """Keep so many; none at 0. Slots too many are removed soon."""
+        self.size = size
+        self._asked.clear()
+        self._pulse()
+
+    async def run(self) -> None:
+        """Keep it as it should be, for ever."""
+        while True:
+            self._changed = trio.Event()
+            pause = _RECENT_SECONDS if self.target > self.size else float("inf")
+            try:
+                if len(self._ready) > self.target:
+                    await self._remove(len(self._ready) - self.target)
+                elif len(self._ready) < self.target:
+                    await self._quiet.wait()
+                    await self._add()
+                    await trio.sleep(1 / self._settings.rate)
+                    continue
+            except (NetnsdError, ExceptionGroup) as error:
+                self._stuck(str(error))
+                pause = _AGAIN_SECONDS
+                await trio.sleep(0.1)
+            with trio.move_on_after(pause):
+                await self._changed.wait()
+
+    async def drain(self) -> None:
+        """Remove what is ready, while ``run`` does not."""
+        await self._remove(len(self._ready))
+
+    async def _add(self) -> None:
+        slot = self._plan.slot(self._slots.take())
+        try:
+            await self._network.prepare(slot)
+        except BaseException:
+            with trio.CancelScope(shield=True):
+                await self._give_up([slot])
+            raise
+        self._ready.append(slot)
+        self.reason = ""
+
+    async def _remove(self, count: int) -> None:
+        doomed = [self._ready.pop() for _ in range(min(count, len(self._ready)))]
+        if doomed:
+            await self._give_up(doomed)
+
+    async def _give_up(self, slots: list[Slot]) -> None:
+        """What cannot be removed keeps its index: the next start finds it."""
+        await self._network.unwire([(slot, None) for slot in slots])
+        for slot in slots:
+            self._slots.release(slot.index)
+
+    def _stuck(self, reason: str) -> None:
+        if reason != self.reason:
+            self.reason = reason
+            self._tell(reason)
+
+    def _pulse(self) -> None:
+        self._changed.set()
