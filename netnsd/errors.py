@@ -164,6 +164,12 @@ class AddressesExhausted(NetnsdError):
     code, status, exit_code = "addresses_exhausted", 503, EXIT_UNAVAILABLE
 
 
+class Overloaded(NetnsdError):
+    """So many creations of the caller's wait already that this one was not taken. Try again after Retry-After."""
+
+    code, status, exit_code = "overloaded", 503, EXIT_UNAVAILABLE
+
+
 class TooManyConnections(NetnsdError):
     """The caller has as many connections open as one user may have. Close some."""
 

@@ -16,13 +16,15 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import msgspec
+
+from netnsd import wire
 from netnsd.core.addressing import Plan
-from netnsd.core.environment import Command, Environment, PublishedPort, Service
+from netnsd.core.environment import Command, Environment, PublishedPort, Service, Template
 from netnsd.errors import AlreadyRunning, StoreError
 
-SCHEMA_VERSION = 1
-
-_SCHEMA = """
+# What makes each version's schema of the one before; a new state file goes through all of them.
+_MIGRATIONS = ("""
 CREATE TABLE environments (
     id TEXT PRIMARY KEY,
     name TEXT NOT NULL,
@@ -56,7 +58,20 @@ CREATE TABLE services (
     exit_code INTEGER,
     PRIMARY KEY (environment, name)
 ) STRICT;
-"""
+""", """
+ALTER TABLE environments ADD COLUMN stock TEXT NOT NULL DEFAULT '';
+CREATE TABLE templates (
+    id TEXT PRIMARY KEY,
+    name TEXT NOT NULL,
+    uid INTEGER NOT NULL,
+    user TEXT NOT NULL,
+    warm INTEGER NOT NULL,
+    specification TEXT NOT NULL,
+    created_at TEXT NOT NULL,
+    UNIQUE (uid, name)
+) STRICT;
+""")
+SCHEMA_VERSION = len(_MIGRATIONS)
 
 
 class SqliteStore:
@@ -118,6 +133,7 @@ class SqliteStore:
                     id=row["id"], name=row["name"], uid=row["uid"], user=row["user"],
                     slot=self._slot(row["slot"]), netns=row["netns"], labels=json.loads(row["labels"]),
                     share=row["share"], created_at=row["created_at"], boot_id=row["boot_id"],
+                    stock=row["stock"],
                     ports=tuple(ports.get(row["id"], ())), state=row["state"], services=services.get(row["id"], {}))
                 for row in self._db.execute("SELECT * FROM environments ORDER BY created_at, rowid")
             ]
@@ -127,10 +143,10 @@ class SqliteStore:
         e = environment
         with _translated():
             self._db.execute(
-                "INSERT INTO environments (id, name, uid, user, slot, netns, labels, share, state, created_at, boot_id)"
-                " VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)",
+                "INSERT INTO environments (id, name, uid, user, slot, netns, labels, share, state, created_at, boot_id,"
+                " stock) VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)",
                 (e.id, e.name, e.uid, e.user, e.slot.index, e.netns, json.dumps(e.labels), e.share, e.state,
-                 e.created_at, e.boot_id))
+                 e.created_at, e.boot_id, e.stock))
             self._db.executemany(
                 "INSERT INTO ports (environment, port, protocol, published, listen) VALUES (?, ?, ?, ?, ?)",
                 [(e.id, p.port, p.protocol, p.published, p.listen) for p in e.ports])
@@ -139,6 +155,34 @@ class SqliteStore:
                 " VALUES (?, ?, ?, ?, ?, ?, ?)",
                 [(e.id, s.name, _dumped(s.command), s.state, s.pid, s.launch_id, s.exit_code)
                  for s in e.services.values()])
+
+    def rename(self, environment: Environment) -> None:
+        """See ``core.interfaces.Store``."""
+        e = environment
+        with _translated():
+            self._db.execute("UPDATE environments SET name = ?, netns = ?, labels = ?, stock = ?, created_at = ?"
+                             " WHERE id = ?", (e.name, e.netns, json.dumps(e.labels), e.stock, e.created_at, e.id))
+
+    def templates(self) -> list[Template]:
+        """See ``core.interfaces.Store``."""
+        with _translated():
+            return [Template(row["id"], row["name"], row["uid"], row["user"], row["warm"],
+                             msgspec.json.decode(row["specification"], type=wire.Specification), row["created_at"])
+                    for row in self._db.execute("SELECT * FROM templates ORDER BY created_at, rowid")]
+
+    def add_template(self, template: Template) -> None:
+        """See ``core.interfaces.Store``."""
+        t = template
+        with _translated():
+            self._db.execute(
+                "INSERT INTO templates (id, name, uid, user, warm, specification, created_at)"
+                " VALUES (?, ?, ?, ?, ?, ?, ?)",
+                (t.id, t.name, t.uid, t.user, t.warm, msgspec.json.encode(t.specification).decode(), t.created_at))
+
+    def delete_template(self, template_id: str) -> None:
+        """See ``core.interfaces.Store``."""
+        with _translated():
+            self._db.execute("DELETE FROM templates WHERE id = ?", (template_id,))
 
     def set_state(self, environment_id: str, state: str) -> None:
         """See ``core.interfaces.Store``."""
@@ -172,8 +216,8 @@ class SqliteStore:
             if version > SCHEMA_VERSION:
                 raise StoreError(f"the state file is of a newer netnsd (schema {version}, this one knows"
                                  f" {SCHEMA_VERSION})", hint="Start the newer netnsd. Nothing was changed.")
-            if version == 0:
-                for statement in _SCHEMA.split(";"):
+            if version < SCHEMA_VERSION:
+                for statement in ";".join(_MIGRATIONS[version:]).split(";"):
                     self._db.execute(statement)
                 self._db.execute(f"PRAGMA user_version = {SCHEMA_VERSION}")
 

@@ -43,10 +43,9 @@ class ServiceRequest(Request, frozen=True, kw_only=True, forbid_unknown_fields=T
     setuid: bool | None = None
 
 
-class CreateRequest(Request, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """``POST /v1/environments``. ``command`` is short for one service named ``main``."""
+class Specification(Request, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """What an environment is to be. ``command`` is short for one service named ``main``."""
 
-    name: str | None = None
     command: list[str] | None = None
     services: list[ServiceRequest] | None = None
     ports: list[PortRequest] = []
@@ -57,7 +56,37 @@ class CreateRequest(Request, frozen=True, kw_only=True, forbid_unknown_fields=Tr
     setuid: bool = False
     umask: int = 0o022
     limits: dict[str, int] = {}
+
+
+class CreateRequest(Specification, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """``POST /v1/environments``.
+
+    ``count``: so many at once, named NAME-1, NAME-2 ...; all are made, or none. ``template``: make what that template
+    of the caller's holds; of the specification only ``labels`` may be given beside it, and are added to the template's.
+    """
+
+    name: str | None = None
     replace: bool = False
+    count: int | None = None
+    template: str | None = None
+
+
+class TemplateRequest(Request, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """``POST /v1/templates``. ``warm``: so many environments of it are kept started and ready.
+
+    ``replace``: in place of the caller's template of that name, whose warm environments are removed.
+    """
+
+    name: str
+    warm: int = 0
+    replace: bool = False
+    specification: Specification
+
+
+class PoolRequest(Request, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """``PATCH /v1/pools/slots``: keep ``size`` slots ready, none at 0, until the daemon starts again."""
+
+    size: int
 
 
 class StopRequest(Request, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -77,6 +106,15 @@ class ExecRequest(Request, frozen=True, kw_only=True, forbid_unknown_fields=True
     umask: int = 0o022
     limits: dict[str, int] = {}
     tty: bool = False
+
+
+class ErrorBody(Answer, frozen=True, kw_only=True):
+    """What every failed request answers, under ``error``."""
+
+    code: str
+    message: str
+    hint: str
+    details: dict[str, Any] = {}
 
 
 class Owner(Answer, frozen=True, kw_only=True):
@@ -127,6 +165,74 @@ class EnvironmentList(Answer, frozen=True, kw_only=True):
     environments: list[Environment]
 
 
+class Failure(Answer, frozen=True, kw_only=True):
+    """What could not be done of many; ``ref`` is what the request named."""
+
+    ref: str
+    error: ErrorBody
+
+
+class Removal(Answer, frozen=True, kw_only=True):
+    """``DELETE /v1/environments``: names that are gone (with ``wait=0``: are going), and what failed."""
+
+    removed: list[str]
+    failed: list[Failure]
+
+
+class TemplateService(Answer, frozen=True, kw_only=True):
+    """What a template's service runs. ``cwd`` None: the owner's home."""
+
+    name: str
+    command: list[str]
+    cwd: str | None
+
+
+class Template(Answer, frozen=True, kw_only=True):
+    """A template. ``ready`` of ``warm`` environments can be handed over at once; ``reason`` says why not all.
+
+    Variables are not shown: they hold secrets.
+    """
+
+    id: str
+    name: str
+    owner: Owner
+    warm: int
+    ready: int
+    reason: str
+    services: list[TemplateService]
+    ports: list[PortRequest]
+    labels: dict[str, str]
+    created_at: str
+
+
+class TemplateList(Answer, frozen=True, kw_only=True):
+    """``GET /v1/templates``."""
+
+    templates: list[Template]
+
+
+class Pool(Answer, frozen=True, kw_only=True):
+    """What is kept ready: ``slots``, or of a template (``template/NAME``) environments.
+
+    ``size``: how many by configuration or request. ``target``: how many now, as demand has grown. ``claimed`` and
+    ``missed``: creations since the daemon's start that got one, and that did not. ``reason``: why it is not full.
+    """
+
+    name: str
+    size: int
+    target: int
+    ready: int
+    claimed: int
+    missed: int
+    reason: str
+
+
+class PoolList(Answer, frozen=True, kw_only=True):
+    """``GET /v1/pools``."""
+
+    pools: list[Pool]
+
+
 class Health(Answer, frozen=True, kw_only=True):
     """``GET /v1/health``."""
 
@@ -145,6 +251,8 @@ class Info(Answer, frozen=True, kw_only=True):
     environments: int
     published_ports: int
     addresses_free: int
+    pool_size: int
+    pool_ready: int
     features: dict[str, bool]
 
 
@@ -172,15 +280,6 @@ class Event(Answer, frozen=True, kw_only=True):
     kind: str
     environment: str
     name: str
-    details: dict[str, Any] = {}
-
-
-class ErrorBody(Answer, frozen=True, kw_only=True):
-    """What every failed request answers, under ``error``."""
-
-    code: str
-    message: str
-    hint: str
     details: dict[str, Any] = {}
 
 

@@ -19,9 +19,10 @@ from starlette.types import Send
 
 from netnsd import __version__
 from netnsd.api import json_body, openapi, problems
-from netnsd.api.routes import ROUTES, Call, Context, Route
+from netnsd.api.routes import ROUTES, Accepted, Call, Context, Permission, Route
 from netnsd.errors import (
     BodyTooLarge,
+    Forbidden,
     InternalError,
     MethodNotAllowed,
     NetnsdError,
@@ -94,12 +95,17 @@ class _Endpoint:
         for name, value in request.query_params.multi_items():
             query.setdefault(name, []).append(value)
         call = Call(self._context, request.state.actor, request.path_params.get("ref", ""), query, body)
+        if self._route.permission is Permission.ADMIN and not call.actor.is_admin:
+            raise Forbidden("only an admin may do that", hint="Ask root, or a member of the admins' group.")
         began = time.perf_counter()
         answer = await (self._while_there(request, call) if self._route.waits else self._route.handler(call))
         if self._route.answer is None:
             return _Stream(answer, media_type=self._route.content_type, headers=_HEADERS)
         headers = {**_HEADERS, "Server-Timing": f"work;dur={(time.perf_counter() - began) * 1000:.3f}"}
-        return Response(_encode(answer), self._route.status, media_type="application/json", headers=headers)
+        status = self._route.status
+        if isinstance(answer, Accepted):
+            answer, status = answer.answer, 202
+        return Response(_encode(answer), status, media_type="application/json", headers=headers)
 
     async def _while_there(self, request: Request, call: Call) -> Any:
         """The handler's answer, unless the client leaves first: nobody waits for it then."""
@@ -143,7 +149,9 @@ class _Stream(StreamingResponse):
 
 
 def _problem(error: NetnsdError) -> Response:
-    return Response(problems.body_of(error), error.status, media_type="application/json", headers=_HEADERS)
+    after = error.details.get("retry_after_seconds")
+    headers = _HEADERS if after is None else {**_HEADERS, "Retry-After": str(after)}
+    return Response(problems.body_of(error), error.status, media_type="application/json", headers=headers)
 
 
 async def _unrouted(request: Request, error: Exception) -> Response:

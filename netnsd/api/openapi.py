@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import re
+import types
+import typing
 from typing import Any
 
 import msgspec
@@ -15,8 +17,8 @@ _REFS = "#/components/schemas/{name}"
 
 def document() -> dict[str, Any]:
     """The document that ``/openapi.json`` serves."""
-    types = {r.answer for r in ROUTES if r.answer} | {r.body for r in ROUTES if r.body} | {wire.ErrorAnswer, wire.Event}
-    ordered = sorted(types, key=lambda t: str(t.__name__))
+    known = {t for r in ROUTES for t in _answers(r)} | {r.body for r in ROUTES if r.body} | {wire.ErrorAnswer, wire.Event}
+    ordered = sorted(known, key=lambda t: str(t.__name__))
     schemas, components = msgspec.json.schema_components(ordered, ref_template=_REFS)
     by_type = dict(zip(ordered, schemas, strict=True))
     paths: dict[str, dict[str, Any]] = {}
@@ -31,10 +33,20 @@ def document() -> dict[str, Any]:
     }
 
 
+def _answers(route: Route) -> tuple[Any, ...]:
+    """The types that a route may answer with."""
+    if isinstance(route.answer, types.UnionType):
+        return typing.get_args(route.answer)
+    return (route.answer,) if route.answer else ()
+
+
 def _operation(route: Route, by_type: dict[Any, Any]) -> dict[str, Any]:
     error = {"description": "An error; branch on its code.",
              "content": {"application/json": {"schema": by_type[wire.ErrorAnswer]}}}
-    content: dict[str, Any] = {route.content_type: {"schema": by_type[route.answer] if route.answer else {}}}
+    schemas = [by_type[answer] for answer in _answers(route)]
+    content: dict[str, Any] = {route.content_type: {
+        "schema": {"anyOf": schemas} if len(schemas) > 1 else schemas[0] if schemas else {}}}
+    behind = {"202": {"description": "It is done behind this answer.", "content": content}}
     operation: dict[str, Any] = {
         "operationId": f"{route.method.lower()}{re.sub(r'[^a-z0-9]+', '_', route.path).rstrip('_')}",
         "summary": route.summary,
@@ -45,7 +57,8 @@ def _operation(route: Route, by_type: dict[Any, Any]) -> dict[str, Any]:
             *({"name": name, "in": "query", "required": False, "schema": {"type": "string"}, "description": meaning}
               for name, meaning in route.query.items()),
         ],
-        "responses": {str(route.status): {"description": "Done.", "content": content}, "4XX": error, "5XX": error},
+        "responses": {str(route.status): {"description": "Done.", "content": content},
+                      **(behind if "wait" in route.query else {}), "4XX": error, "5XX": error},
     }
     if route.body is not None:
         operation["requestBody"] = {"content": {"application/json": {"schema": by_type[route.body]}}}

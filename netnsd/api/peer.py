@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import grp
+import os
 import pwd
 import socket
 import struct
@@ -50,6 +51,23 @@ async def actor_of(connection: trio.socket.SocketType, admin_group: str) -> Acto
     is_admin = uid == 0 or (admin is not None and (gid == admin or admin in groups))
     return Actor(uid=uid, gid=gid, groups=groups, user=user, home=home, shell=shell, is_admin=is_admin)
 
+
+async def account(uid: int) -> Actor | None:
+    """A user as a login would have it, without any right of an admin; None where there is no such account."""
+    found = await trio.to_thread.run_sync(_login, uid)
+    if found is None:
+        return None
+    user, gid, home, shell, groups = found
+    return Actor(uid=uid, gid=gid, groups=groups, user=user, home=home, shell=shell, is_admin=False)
+
+
+def _login(uid: int) -> tuple[str, int, str, str, tuple[int, ...]] | None:
+    try:
+        entry = pwd.getpwuid(uid)
+    except KeyError:
+        return None
+    groups = tuple(os.getgrouplist(entry.pw_name, entry.pw_gid))
+    return entry.pw_name, entry.pw_gid, entry.pw_dir, entry.pw_shell or "/bin/sh", groups
 
 
 def _peer_groups(connection: trio.socket.SocketType) -> tuple[int, ...]:

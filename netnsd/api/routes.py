@@ -9,14 +9,18 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import msgspec
+import trio
 
 from netnsd import wire
 from netnsd.core import views
 from netnsd.core.actor import Actor
+from netnsd.core.environment import Environment
 from netnsd.core.environments import Environments
+from netnsd.core.pool import MOST_SLOTS
 from netnsd.core.specification import check_labels
+from netnsd.core.templates import Templates
 from netnsd.core.waiting import Aim
-from netnsd.errors import InvalidRequest, NotFound
+from netnsd.errors import InvalidRequest, NetnsdError, NotFound
 
 _MOST_WAIT_SECONDS = 24 * 3600.0
 _AIMS: dict[str, Aim] = {"ready": "ready", "exit": "exit", "gone": "gone"}
@@ -27,6 +31,7 @@ class Permission(enum.Enum):
 
     ANYONE = "anyone who may open the socket"
     OWNER = "the environment's owner, or an admin"
+    ADMIN = "an admin"
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,6 +39,8 @@ class Context:
     """What handlers work with. ``follow_log(path, tail, follow)`` and ``follow_events`` stream."""
 
     environments: Environments
+    templates: Templates
+    metrics: Callable[[], bytes]
     info: Callable[[], wire.Info]
     doctor: Callable[[], Awaitable[wire.Doctor]]
     log_path: Callable[[str, str], str]
@@ -55,9 +62,9 @@ class Call:
         """A query parameter."""
         return self.query.get(name, [default])[-1]
 
-    def flag(self, name: str) -> bool:
+    def flag(self, name: str, *, default: bool = False) -> bool:
         """A query parameter that is 1 or 0."""
-        value = self.text(name, "0")
+        value = self.text(name, "1" if default else "0")
         if value not in ("0", "1"):
             raise InvalidRequest(f"query parameter {name} is not 0 or 1", hint=f"Write ?{name}=1.")
         return value == "1"
@@ -96,6 +103,13 @@ class Route:
     waits: bool = False
 
 
+@dataclass(frozen=True, slots=True)
+class Accepted:
+    """The answer of what is done behind it: status 202."""
+
+    answer: wire.Answer
+
+
 class Nothing(wire.Answer, frozen=True, kw_only=True):
     """``{}``."""
 
@@ -105,28 +119,81 @@ class NoFields(wire.Request, frozen=True, kw_only=True, forbid_unknown_fields=Tr
 
 
 async def _list(call: Call) -> wire.EnvironmentList:
+    found = call.context.environments.registry.visible(call.actor, everyones=call.flag("all"), labels=_labels(call))
+    return wire.EnvironmentList(environments=[views.environment(e) for e in found])
+
+
+def _labels(call: Call) -> dict[str, str]:
     labels = {}
     for item in call.query.get("label", []):
         key, equals, value = item.partition("=")
         if not equals:
             raise InvalidRequest("query parameter label is not k=v", hint="Write ?label=k=v.")
         labels[key] = value
-    found = call.context.environments.registry.visible(call.actor, everyones=call.flag("all"),
-                                                       labels=check_labels(labels))
-    return wire.EnvironmentList(environments=[views.environment(e) for e in found])
+    return check_labels(labels)
 
 
-async def _create(call: Call) -> wire.Environment:
-    return views.environment(await call.context.environments.create(call.body, call.actor))
+async def _create(call: Call) -> wire.Environment | wire.EnvironmentList:
+    create = call.context.templates.create
+    if call.body.count is None:
+        return views.environment(await create(call.body, call.actor))
+    made = await call.context.environments.create_many(call.body, call.actor, create)
+    return wire.EnvironmentList(environments=[views.environment(e) for e in made])
 
 
 async def _show(call: Call) -> wire.Environment:
     return views.environment(call.context.environments.registry.find(call.ref, call.actor))
 
 
-async def _remove(call: Call) -> Nothing:
-    await call.context.environments.remove(call.context.environments.registry.find(call.ref, call.actor))
+async def _remove(call: Call) -> Nothing | Accepted:
+    environment = call.context.environments.registry.find(call.ref, call.actor)
+    if not call.flag("wait", default=True):
+        call.context.environments.remove_behind(environment)
+        return Accepted(Nothing())
+    await call.context.environments.remove(environment)
     return Nothing()
+
+
+async def _remove_many(call: Call) -> wire.Removal | Accepted:
+    """Everything that can be removed is; each failure is told."""
+    service, refs = call.context.environments, list(dict.fromkeys(call.query.get("ref", [])))
+    labels = _labels(call)
+    if (bool(refs), bool(labels), call.flag("everything")).count(True) != 1:
+        raise InvalidRequest("one of the query parameters ref, label and everything is needed",
+                             hint="Write ?ref=NAME&ref=NAME, ?label=k=v, or ?everything=1.")
+    failed: list[wire.Failure] = []
+    chosen: dict[str, Environment] = {}
+    for ref in refs:
+        try:
+            chosen[ref] = service.registry.find(ref, call.actor)
+        except NotFound as error:
+            failed.append(_failure(ref, error))
+    if not refs:
+        chosen = {e.name: e for e in service.registry.visible(call.actor, everyones=False, labels=labels)}
+    removed: list[str] = []
+
+    async def remove(ref: str, environment: Environment) -> None:
+        try:
+            await service.remove(environment)
+        except NetnsdError as error:
+            failed.append(_failure(ref, error))
+        else:
+            removed.append(environment.name)
+
+    if not call.flag("wait", default=True):
+        for environment in chosen.values():
+            service.remove_behind(environment)
+        return Accepted(wire.Removal(removed=[e.name for e in chosen.values()], failed=failed))
+    async with trio.open_nursery() as nursery:
+        for ref, environment in chosen.items():
+            nursery.start_soon(remove, ref, environment)
+    order = {environment.name: number for number, environment in enumerate(chosen.values())}
+    return wire.Removal(removed=sorted(removed, key=order.__getitem__), failed=failed)
+
+
+def _failure(ref: str, error: NetnsdError) -> wire.Failure:
+    return wire.Failure(ref=ref, error=wire.ErrorBody(code=error.code, message=error.message, hint=error.hint,
+                                                      details=error.details))
 
 
 async def _start(call: Call) -> wire.Environment:
@@ -194,6 +261,41 @@ async def _events(call: Call) -> AsyncIterator[bytes]:
     return lines()
 
 
+async def _templates(call: Call) -> wire.TemplateList:
+    return wire.TemplateList(templates=call.context.templates.shown(call.actor))
+
+
+async def _add_template(call: Call) -> wire.Template:
+    return await call.context.templates.add(call.body, call.actor)
+
+
+async def _show_template(call: Call) -> wire.Template:
+    return call.context.templates.show(call.ref, call.actor)
+
+
+async def _remove_template(call: Call) -> Nothing:
+    await call.context.templates.remove(call.ref, call.actor)
+    return Nothing()
+
+
+async def _pools(call: Call) -> wire.PoolList:
+    return wire.PoolList(pools=[views.pool(call.context.environments.pool), *call.context.templates.pools(call.actor)])
+
+
+async def _resize_pool(call: Call) -> wire.Pool:
+    if not 0 <= call.body.size <= MOST_SLOTS:
+        raise InvalidRequest(f"size {call.body.size} is not from 0 to {MOST_SLOTS}", hint="0 drains the pool.")
+    call.context.environments.pool.resize(call.body.size)
+    return views.pool(call.context.environments.pool)
+
+
+async def _metrics(call: Call) -> AsyncIterator[bytes]:
+    async def text() -> AsyncIterator[bytes]:
+        yield call.context.metrics()
+
+    return text()
+
+
 async def _health(_call: Call) -> wire.Health:
     return wire.Health(status="ok")
 
@@ -207,13 +309,19 @@ async def _doctor(call: Call) -> wire.Doctor:
 
 
 _REF = "/v1/environments/{ref}"
+_WAIT = {"wait": "0: answer 202 at once, and remove behind"}
 ROUTES: tuple[Route, ...] = (
     Route("GET", "/v1/environments", Permission.OWNER, _list, "List environments", wire.EnvironmentList,
           query={"all": "1: everyone's that the caller may see", "label": "k=v, may be given more than once"}),
     Route("POST", "/v1/environments", Permission.ANYONE, _create, "Create an environment, and start its services",
-          wire.Environment, body=wire.CreateRequest, status=201),
+          wire.Environment | wire.EnvironmentList, body=wire.CreateRequest, status=201),
+    Route("DELETE", "/v1/environments", Permission.OWNER, _remove_many,
+          "Remove many of one's environments; they are gone with the answer", wire.Removal,
+          query={"ref": "which, may be given more than once", "label": "k=v: those with all of these labels",
+                 "everything": "1: all of one's own", **_WAIT}),
     Route("GET", _REF, Permission.OWNER, _show, "Show one environment", wire.Environment),
-    Route("DELETE", _REF, Permission.OWNER, _remove, "Remove an environment; it is gone with the answer", Nothing),
+    Route("DELETE", _REF, Permission.OWNER, _remove, "Remove an environment; it is gone with the answer", Nothing,
+          query=_WAIT),
     Route("POST", _REF + "/start", Permission.OWNER, _start, "Start services that do not run", wire.Environment,
           body=NoFields),
     Route("POST", _REF + "/stop", Permission.OWNER, _stop, "Stop its services", wire.Environment,
@@ -226,8 +334,19 @@ ROUTES: tuple[Route, ...] = (
           content_type="application/octet-stream",
           query={"service": "which, the first by default", "tail": "so many last lines only",
                  "follow": "1: go on until the service ends"}),
+    Route("GET", "/v1/templates", Permission.OWNER, _templates, "List templates", wire.TemplateList),
+    Route("POST", "/v1/templates", Permission.ANYONE, _add_template, "Keep a specification under a name",
+          wire.Template, body=wire.TemplateRequest, status=201),
+    Route("GET", "/v1/templates/{ref}", Permission.OWNER, _show_template, "Show one template", wire.Template),
+    Route("DELETE", "/v1/templates/{ref}", Permission.OWNER, _remove_template,
+          "Remove a template, and the warm environments that nobody has claimed", Nothing),
+    Route("GET", "/v1/pools", Permission.ANYONE, _pools, "What is kept ready before demand", wire.PoolList),
+    Route("PATCH", "/v1/pools/slots", Permission.ADMIN, _resize_pool, "Keep more slots ready, fewer, or none",
+          wire.Pool, body=wire.PoolRequest),
     Route("GET", "/v1/events", Permission.OWNER, _events, "What happens, one JSON object per line, for ever", None,
           content_type="application/x-ndjson", query={"after": "only events with a greater seq"}),
+    Route("GET", "/metrics", Permission.ANYONE, _metrics, "Metrics, as Prometheus reads them", None,
+          content_type="text/plain; version=0.0.4"),
     Route("GET", "/v1/health", Permission.ANYONE, _health, "Whether the daemon answers", wire.Health),
     Route("GET", "/v1/info", Permission.ANYONE, _info, "What this daemon is and holds", wire.Info),
     Route("GET", "/v1/doctor", Permission.ANYONE, _doctor, "What this host lacks", wire.Doctor),

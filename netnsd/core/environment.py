@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field, replace
 from typing import Literal
 
+from netnsd import wire
 from netnsd.core.addressing import Slot
 
 StoredState = Literal["creating", "ready", "removing"]
@@ -57,7 +58,10 @@ class PublishedPort:
 
 @dataclass(slots=True)
 class Environment:
-    """One environment. Mutable where its life changes it: ``state`` and ``services``."""
+    """One environment. Mutable where its life changes it: ``state`` and ``services``.
+
+    ``stock``: the id of the template that it is kept for, started before anybody asked; "" when it has been asked for.
+    """
 
     id: str
     name: str
@@ -69,6 +73,7 @@ class Environment:
     share: str
     created_at: str
     boot_id: str
+    stock: str = ""
     ports: tuple[PublishedPort, ...] = ()
     state: StoredState = "creating"
     services: dict[str, Service] = field(default_factory=dict)
@@ -85,3 +90,16 @@ class Environment:
             return self.state
         running = not self.services or any(s.state in ("starting", "running") for s in self.services.values())
         return "running" if running else "stopped"
+
+
+@dataclass(frozen=True, slots=True)
+class Template:
+    """A specification under a name. ``warm``: environments of it to keep in stock."""
+
+    id: str
+    name: str
+    uid: int
+    user: str
+    warm: int
+    specification: wire.Specification
+    created_at: str

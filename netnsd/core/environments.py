@@ -8,18 +8,20 @@ from __future__ import annotations
 
 import contextlib
 import uuid
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 from contextlib import AbstractAsyncContextManager
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, Protocol
 
+import msgspec
 import trio
 
 from netnsd import wire
 from netnsd.core import reconcile, specification
 from netnsd.core.actor import Actor
 from netnsd.core.addressing import Plan, Slot
+from netnsd.core.admission import AT_ONCE, Admission
 from netnsd.core.allocation import SlotAllocator
 from netnsd.core.batch import Batcher
 from netnsd.core.environment import Environment, StoredState
@@ -35,6 +37,7 @@ _UNDO_SECONDS = 30.0
 _REMOVAL_BATCH = 256
 _KILL_AGAIN_SECONDS = 0.5
 _EXEC_GROUP = "exec"
+_MANY_AT_ONCE = 4  # of one request: half of what the host does at once
 
 
 class Emit(Protocol):
@@ -62,7 +65,7 @@ class Environments:
     def __init__(self, adapters: Adapters, plan: Plan, settings: Settings, emit: Emit) -> None:
         self._a = adapters
         self._plan = plan
-        self._settings = settings
+        self.settings = settings
         self._emit = emit
         self._locks: dict[str, trio.Lock] = {}
         self._furnished: set[str] = set()
@@ -74,6 +77,7 @@ class Environments:
                                  is_listening=adapters.firewall.is_listening, is_taken=adapters.network.is_taken)
         self.pool = Pool(adapters.network, self._slots, plan, settings.pool, self._quiet,
                          tell=lambda reason: emit("pool_stuck", 0, "", "", reason=reason))
+        self.admission = Admission(AT_ONCE, settings.creations_waiting)
         self._waits = Waits(adapters.network, self.registry.__contains__, self._supervisor.changed)
         self._nursery: trio.Nursery | None = None
 
@@ -102,6 +106,7 @@ class Environments:
         desired = self._a.store.environments()
         for environment in desired:
             self.registry.remember(environment)
+        await self._a.network.tidy([(e.slot, e.netns) for e in desired])
         observed = await self._observe(desired)
         actions = reconcile.plan(desired, observed)
         await self._a.firewall.restore([_opening(e) for e, _ in actions.adopt])
@@ -138,7 +143,7 @@ class Environments:
     async def _observe(self, desired: list[Environment]) -> reconcile.Observed:
         running, exited = await self._a.processes.known()
         return reconcile.Observed(
-            intact=frozenset([e.id for e in desired if e.boot_id == self._settings.boot_id
+            intact=frozenset([e.id for e in desired if e.boot_id == self.settings.boot_id
                               and await self._a.network.intact(e.slot, e.netns)]),
             slots=frozenset(await self._a.network.observe()),
             cgroups=frozenset(self._a.cgroups.observe()),
@@ -152,15 +157,55 @@ class Environments:
     # -- making -------------------------------------------------------------------------------------------------
 
     async def create(self, request: wire.CreateRequest, actor: Actor) -> Environment:
-        """Make an environment and start its services. It is whole when this returns, or gone when it raises."""
+        """Make an environment and start its services. It is whole when this returns, or gone when it raises.
+
+        Raises Overloaded where too many creations of the actor's wait already.
+        """
         with self._quiet.disturbed():
-            return await self._create(request, actor)
+            async with self.admission.turn(actor.uid):
+                return await self._create(request, actor)
+
+    async def create_many(
+        self, request: wire.CreateRequest, actor: Actor,
+        create: Callable[[wire.CreateRequest, Actor], Awaitable[Environment]],
+    ) -> list[Environment]:
+        """Make ``count`` environments by ``create``, or none where one cannot be made. Others take turns with these."""
+        numbers = iter(specification.check_count(request.count))
+        made: list[Environment] = []
+        failures: list[NetnsdError] = []
+
+        async def work(scope: trio.CancelScope) -> None:
+            for number in numbers:
+                name = None if request.name is None else f"{request.name}-{number}"
+                one = msgspec.structs.replace(request, name=name, count=None)
+                try:
+                    made.append(await create(one, actor))
+                except NetnsdError as error:
+                    failures.append(error)
+                    scope.cancel()
+
+        try:
+            async with trio.open_nursery() as nursery:
+                for _ in range(_MANY_AT_ONCE):
+                    nursery.start_soon(work, nursery.cancel_scope)
+            await trio.lowlevel.checkpoint_if_cancelled()
+        except BaseException:
+            await self._remove_all(made)
+            raise
+        if failures:
+            await self._remove_all(made)
+            raise failures[0]
+        return sorted(made, key=lambda e: (len(e.name), e.name))
+
+    async def _remove_all(self, environments: list[Environment]) -> None:
+        with trio.CancelScope(shield=True):
+            async with trio.open_nursery() as nursery:
+                for environment in environments:
+                    nursery.start_soon(self._remove_quietly, environment)
 
     async def _create(self, request: wire.CreateRequest, actor: Actor) -> Environment:
-        blueprint = Blueprint.of(request, actor, self._settings)
-        existing = self.registry.own(actor, blueprint.name)
-        if existing is not None and request.replace:
-            await self.remove(existing)
+        blueprint = Blueprint.of(request, actor, self.settings)
+        await self.make_way(request, actor)
         slot = self.pool.take()
         if slot is not None:
             try:
@@ -168,6 +213,51 @@ class Environments:
             except SlotSpoilt as error:
                 self._emit("slot_spoilt", 0, "", "", slot=slot.index, reason=str(error))
         return await self._make(blueprint, actor, self._plan.slot(self._slots.take()), is_warm=False)
+
+    async def make_way(self, request: wire.CreateRequest, actor: Actor) -> None:
+        """Remove the actor's environment of that name, where the request says so."""
+        existing = self.registry.own(actor, request.name or "")
+        if existing is not None and request.replace:
+            await self.remove(existing)
+
+    # -- of templates: made before demand, and handed over ---------------------------------------------------------
+
+    async def stock(self, request: wire.CreateRequest, actor: Actor, template: str) -> Environment:
+        """Make an environment that nobody sees until it is handed over. ``template``: the id that it is kept for."""
+        blueprint = replace(Blueprint.of(request, actor, self.settings), stock=template)
+        return await self._make(blueprint, actor, self._plan.slot(self._slots.take()), is_warm=False)
+
+    async def hand_over(self, environment: Environment, request: wire.CreateRequest) -> Environment:
+        """Give an environment of the stock its name and labels: its owner has it then, as if just created.
+
+        Its id, address and ports stay, and what its servers know of themselves. Raises NameTaken, NetnsTaken and
+        InvalidName, and it stays in stock; WrongState and KernelError where it is no good.
+        """
+        with self._quiet.disturbed():
+            async with self._ready(environment):
+                name = specification.name_of(request)
+                old, new = environment.netns, self.registry.free_netns(name, environment.uid, environment.user)
+                await self._a.network.claim(environment.slot, new)
+                try:
+                    self.registry.hand_over(environment, name, new, specification.check_labels(request.labels))
+                except BaseException:
+                    with trio.CancelScope(shield=True):
+                        await self._a.network.unname(environment.slot, new)
+                    raise
+                with trio.CancelScope(shield=True):
+                    await self._forget_name(environment, old)
+                self._a.files.furnish(environment)
+        self._supervisor.pulse()
+        self._tell("created", environment)
+        return environment
+
+    async def _forget_name(self, environment: Environment, netns: str) -> None:
+        try:
+            await self._a.network.unname(environment.slot, netns)
+        except NetnsdError as error:  # the next start finds it
+            self._tell("furnish_failed", environment, reason=error.message)
+        else:
+            self.registry.free(netns)
 
     async def _make(self, blueprint: Blueprint, actor: Actor, slot: Slot, *, is_warm: bool) -> Environment:
         try:
@@ -256,13 +346,21 @@ class Environments:
         environment = self.registry.find(request.ref, actor)
         command = specification.command(
             argv=request.command, env=request.env, cwd=request.cwd, umask=request.umask, limits=request.limits,
-            setuid=request.setuid, actor=actor, allow_setuid=self._settings.allow_setuid)
+            setuid=request.setuid, actor=actor, allow_setuid=self.settings.allow_setuid)
         async with self._ready(environment):
             await self._furnish(environment)
             group = f"{environment.slot.cgroup}/{_EXEC_GROUP}"
             await self._a.cgroups.create(group)
             launch = self._supervisor.launch_of(environment, command, group, uuid.uuid4().hex)
             return await self._a.processes.attach(replace(launch, tty=request.tty), connection)
+
+    async def changed(self) -> None:
+        """Return at the next change of any environment or service."""
+        await self._supervisor.changed()
+
+    def pulse(self) -> None:
+        """Wake who waits for a change."""
+        self._supervisor.pulse()
 
     async def wait(self, environment: Environment, aim: Aim, timeout_seconds: float) -> None:
         """See ``waiting.Waits``."""
@@ -284,6 +382,12 @@ class Environments:
                     await self._tear_down(environment)
             finally:
                 lock.release()
+
+    def remove_behind(self, environment: Environment) -> None:
+        """Begin to remove it, and return at once. What fails is tried again later."""
+        self._mark_removing(environment)
+        assert self._nursery is not None
+        self._nursery.start_soon(self._remove_quietly, environment)
 
     async def _wrest(self, environment: Environment, lock: trio.Lock) -> None:
         """Take the lock from who waits for servers to start or to end: kill them, again while new ones come."""

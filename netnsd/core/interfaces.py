@@ -10,7 +10,7 @@ from typing import Protocol
 import trio
 
 from netnsd.core.addressing import Slot
-from netnsd.core.environment import Environment, Service
+from netnsd.core.environment import Environment, Service, Template
 
 
 @dataclass(frozen=True, slots=True)
@@ -160,6 +160,14 @@ class Network(Protocol):
         """
         ...
 
+    async def unname(self, slot: Slot, netns: str) -> None:
+        """Take a name back from a slot's namespace; one that is not its name stays. Raises KernelError."""
+        ...
+
+    async def tidy(self, slots: Sequence[tuple[Slot, str]]) -> None:
+        """Take every name back from these slots' namespaces but the one beside each. Raises KernelError."""
+        ...
+
     async def furnish(self, slot: Slot, publications: Sequence[Publication]) -> None:
         """What servers need and creating does not: sysctls, and reaching what listens on loopback only.
 
@@ -239,6 +247,22 @@ class Store(Protocol):
 
     def add(self, environment: Environment) -> None:
         """Write a new environment with its ports and services."""
+        ...
+
+    def rename(self, environment: Environment) -> None:
+        """Write an environment's name, netns, labels, stock and time."""
+        ...
+
+    def templates(self) -> list[Template]:
+        """All of them, oldest first."""
+        ...
+
+    def add_template(self, template: Template) -> None:
+        """Write a new template."""
+        ...
+
+    def delete_template(self, template_id: str) -> None:
+        """Forget a template."""
         ...
 
     def set_state(self, environment_id: str, state: str) -> None:

@@ -18,6 +18,7 @@ from netnsd.core.interfaces import Network
 from netnsd.core.quiet import Quiet
 from netnsd.errors import NetnsdError
 
+MOST_SLOTS = 1000
 _RECENT_SECONDS = 10.0
 _AGAIN_SECONDS = 5.0
 

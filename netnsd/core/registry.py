@@ -7,7 +7,7 @@ from __future__ import annotations
 import re
 import uuid
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import TYPE_CHECKING
 
@@ -32,29 +32,32 @@ class Settings:
     """What the configuration decides for core.
 
     ``published_range`` is inclusive. ``hard_limits``: what no command's limits may exceed, by lower-case name.
+    ``creations_waiting``: of one user.
     """
 
     published_range: tuple[int, int]
     allow_setuid: bool
     boot_id: str
     hard_limits: dict[str, int] = field(default_factory=dict)
+    creations_waiting: int = 64
     pool: PoolSettings = field(default_factory=PoolSettings)
 
 
 @dataclass(frozen=True, slots=True)
 class Blueprint:
-    """A request that was checked, and means something."""
+    """A request that was checked, and means something. ``stock``: as in Environment."""
 
     name: str
     labels: dict[str, str]
     share: str
     ports: list[wire.PortRequest]
     commands: dict[str, Command]
+    stock: str = ""
 
     @classmethod
     def of(cls, request: wire.CreateRequest, actor: Actor, settings: Settings) -> Blueprint:
         """Check everything of a request that needs no look at what there is. Raises Invalid*, Forbidden."""
-        name = f"e{uuid.uuid4().hex[:8]}" if request.name is None else specification.check_name(request.name)
+        name = specification.name_of(request)
         variables = specification.check_variables(request.env)
         commands = {
             service.name: specification.command(
@@ -119,23 +122,20 @@ class Registry:
         found = self.own(actor, ref) or self._by_id.get(ref)
         if found is None and "." in ref:
             name, _, user = ref.partition(".")
-            found = next((e for e in self._by_id.values() if e.name == name and e.user == user), None)
-        if found is None or not actor.may_see(found.uid):
+            found = next((e for e in self._by_name.values() if e.name == name and e.user == user), None)
+        if found is None or found.stock or not actor.may_see(found.uid):
             raise NotFound(f"there is no environment {ref[:80]!r}", hint="`netnsctl ls` lists yours.", ref=ref[:80])
         return found
 
     def visible(self, actor: Actor, *, everyones: bool, labels: dict[str, str]) -> list[Environment]:
         """The actor's environments, or all that it may see, that have all of ``labels``; oldest first."""
-        return [e for e in self._by_id.values()
+        return [e for e in self._by_name.values()
                 if (actor.may_see(e.uid) if everyones else e.uid == actor.uid)
                 and all(e.labels.get(key) == value for key, value in labels.items())]
 
     def reserve(self, blueprint: Blueprint, actor: Actor, slot: Slot) -> Environment:
         """Take a name and ports, and write the intent for ``slot``, which is the caller's. All or nothing."""
-        if self.own(actor, blueprint.name) is not None:
-            raise NameTaken(f"you have an environment {blueprint.name!r} already",
-                            hint="Choose another name, remove it, or pass --replace.", name=blueprint.name)
-        netns = self._free_netns(blueprint.name, actor)
+        netns = self.free_netns(blueprint.name, actor.uid, actor.user)
         environment_id = str(uuid.uuid4())
         ports: list[PublishedPort] = []
         try:
@@ -144,7 +144,7 @@ class Registry:
             environment = Environment(
                 id=environment_id, name=blueprint.name, uid=actor.uid, user=actor.user, slot=slot, netns=netns,
                 labels=blueprint.labels, share=blueprint.share, created_at=self._clock.now(),
-                boot_id=self._settings.boot_id, ports=tuple(ports),
+                boot_id=self._settings.boot_id, stock=blueprint.stock, ports=tuple(ports),
                 services={name: Service(name, command) for name, command in blueprint.commands.items()})
             with self._store.transaction():
                 self._store.add(environment)
@@ -167,14 +167,38 @@ class Registry:
         with self._store.transaction():
             self._store.delete(environment.id)
         del self._by_id[environment.id]
-        del self._by_name[environment.uid, environment.name]
+        self._by_name.pop((environment.uid, environment.name), None)
         self._netns.discard(environment.netns)
         self._slots.release(environment.slot.index)
         for port in environment.ports:
             self._ports.release(port.protocol, port.published)
 
+    def stock(self, template: str) -> list[Environment]:
+        """The environments that are kept for a template, oldest first."""
+        return [e for e in self._by_id.values() if e.stock == template]
+
+    def hand_over(self, environment: Environment, name: str, netns: str, labels: dict[str, str]) -> None:
+        """Let an environment of the stock be its owner's, as ``name``. All or nothing; its old name stays taken."""
+        if (environment.uid, name) in self._by_name:
+            raise NameTaken(f"you have an environment {name!r} already",
+                            hint="Choose another name, remove it, or pass --replace.", name=name)
+        changed = replace(environment, name=name, netns=netns, labels={**environment.labels, **labels}, stock="",
+                          created_at=self._clock.now())
+        with self._store.transaction():
+            self._store.rename(changed)
+        for field_name in ("name", "netns", "labels", "stock", "created_at"):
+            setattr(environment, field_name, getattr(changed, field_name))
+        self._by_name[environment.uid, name] = environment
+        self._netns.add(netns)
+
+    def free(self, netns: str) -> None:
+        """No environment's namespace is called that any more."""
+        self._netns.discard(netns)
+
     def _know(self, environment: Environment) -> None:
-        self._by_id[environment.id] = self._by_name[environment.uid, environment.name] = environment
+        self._by_id[environment.id] = environment
+        if not environment.stock:
+            self._by_name[environment.uid, environment.name] = environment
         self._netns.add(environment.netns)
 
     def _lease(self, wanted: wire.PortRequest, environment_id: str, actor: Actor) -> PublishedPort:
@@ -189,8 +213,12 @@ class Registry:
         holder = self._by_id.get(environment_id)
         return holder.name if holder is not None and actor.may_see(holder.uid) else None
 
-    def _free_netns(self, name: str, actor: Actor) -> str:
-        user = actor.user if _USER_IN_NETNS.match(actor.user) else str(actor.uid)
+    def free_netns(self, name: str, uid: int, user: str) -> str:
+        """What the namespace of a user's environment of that name is to be called. Raises NameTaken, NetnsTaken."""
+        if (uid, name) in self._by_name:
+            raise NameTaken(f"you have an environment {name!r} already",
+                            hint="Choose another name, remove it, or pass --replace.", name=name)
+        user = user if _USER_IN_NETNS.match(user) else str(uid)
         for candidate in (name, f"{name}.{user}"):
             if candidate not in self._netns and not self._is_taken(candidate):
                 return candidate

@@ -6,17 +6,27 @@ Names become host names, file names and namespace names, so they are DNS labels 
 from __future__ import annotations
 
 import re
+import uuid
 from collections.abc import Iterable, Mapping
 
 from netnsd import wire
 from netnsd.core.actor import Actor
 from netnsd.core.environment import Command
-from netnsd.errors import Forbidden, InvalidCommand, InvalidLabel, InvalidName, InvalidPort, InvalidVariable
+from netnsd.errors import (
+    Forbidden,
+    InvalidCommand,
+    InvalidLabel,
+    InvalidName,
+    InvalidPort,
+    InvalidRequest,
+    InvalidVariable,
+)
 
 NAME_CHARACTERS = 63
 MAX_PORTS = 64
 MAX_SERVICES = 32
 MAX_LABELS = 64
+MAX_COUNT = 500
 
 _NAME = re.compile(r"[a-z0-9]([a-z0-9-]{0,61}[a-z0-9])?\Z")
 _LABEL_KEY = re.compile(r"[A-Za-z0-9]([A-Za-z0-9._/-]{0,126}[A-Za-z0-9])?\Z")
@@ -34,6 +44,11 @@ def check_name(name: str, *, what: str = "name") -> str:
             hint=f"Use 1 to {NAME_CHARACTERS} of a-z, 0-9 and '-', with a letter or digit at both ends"
                  f"{_suggestion(name)}.", name=name[:NAME_CHARACTERS + 1])
     return name
+
+
+def name_of(request: wire.CreateRequest) -> str:
+    """The name that is asked for, or one made up. Raises InvalidName."""
+    return f"e{uuid.uuid4().hex[:8]}" if request.name is None else check_name(request.name)
 
 
 def check_port(port: int, *, what: str = "port") -> int:
@@ -82,6 +97,13 @@ def check_labels(labels: Mapping[str, str]) -> dict[str, str]:
     return dict(labels)
 
 
+def check_count(count: int | None) -> range:
+    """The numbers of so many environments, from 1. Raises InvalidRequest."""
+    if count is None or not 1 <= count <= MAX_COUNT:
+        raise InvalidRequest(f"count {count} is not from 1 to {MAX_COUNT}", hint="Ask again for more.")
+    return range(1, count + 1)
+
+
 def check_variables(variables: Mapping[str, str]) -> dict[str, str]:
     """Return the variables when the kernel can take them. Raises InvalidVariable."""
     for name, value in variables.items():
@@ -91,7 +113,7 @@ def check_variables(variables: Mapping[str, str]) -> dict[str, str]:
     return dict(variables)
 
 
-def check_services(request: wire.CreateRequest) -> list[wire.ServiceRequest]:
+def check_services(request: wire.Specification) -> list[wire.ServiceRequest]:
     """The services that a request asks for, in order. Raises InvalidCommand, InvalidName."""
     if request.command is not None and request.services is not None:
         raise InvalidCommand("command and services are both given", hint="Give one of the two.")

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from netnsd import wire
-from netnsd.core.environment import Environment
+from netnsd.core.environment import Environment, Template
+from netnsd.core.pool import Pool
 
 
 def environment(kept: Environment) -> wire.Environment:
@@ -16,3 +17,21 @@ def environment(kept: Environment) -> wire.Environment:
         services=[wire.Service(name=s.name, command=list(s.command.argv), pid=s.pid, state=s.state,
                                exit_code=s.exit_code) for s in kept.services.values()],
         labels=kept.labels, share=kept.share, created_at=kept.created_at)
+
+
+def pool(kept: Pool) -> wire.Pool:
+    """The pool of slots."""
+    return wire.Pool(name="slots", size=kept.size, target=kept.target, ready=kept.ready, claimed=kept.claimed,
+                     missed=kept.missed, reason=kept.reason)
+
+
+def template(kept: Template, *, ready: int, reason: str) -> wire.Template:
+    """A template as users see it."""
+    wanted = kept.specification
+    services = list(wanted.services or [])
+    if wanted.command is not None:
+        services = [wire.ServiceRequest(command=wanted.command)]
+    return wire.Template(
+        id=kept.id, name=kept.name, owner=wire.Owner(uid=kept.uid, user=kept.user), warm=kept.warm, ready=ready,
+        reason=reason, ports=wanted.ports, labels=wanted.labels, created_at=kept.created_at,
+        services=[wire.TemplateService(name=s.name, command=s.command, cwd=s.cwd or wanted.cwd) for s in services])

@@ -16,11 +16,11 @@ from typing import Any, Literal
 import msgspec
 
 from netnsd.core.addressing import Plan
+from netnsd.core.pool import MOST_SLOTS
 from netnsd.core.specification import LIMITS
 from netnsd.errors import ConfigError
 
 DEFAULT_FILE = Path("/etc/netnsd/netnsd.toml")
-_POOL_MOST = 1000
 _PREFIX = "NETNSD_"
 # Variables of that prefix that are not settings: the client's, and what servers are given.
 _NOT_SETTINGS = frozenset({"NETNSD_SOCKET", "NETNSD_NAME", "NETNSD_ID", "NETNSD_IP", "NETNSD_URL"})
@@ -34,7 +34,7 @@ class Daemon(Section, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """``[daemon]``: the process.
 
     ``socket_group``: the socket's group, by default netnsd where it exists. ``cgroup``: where environments' groups
-    are made, below the mount of cgroup v2.
+    are made, below the mount of cgroup v2. ``creations_waiting``: of one user; more are refused.
     """
 
     socket_group: str | None = None
@@ -44,6 +44,7 @@ class Daemon(Section, frozen=True, kw_only=True, forbid_unknown_fields=True):
     log_level: Literal["debug", "info", "warning", "error"] = "info"
     grace_seconds: float = 5.0
     connections_per_user: int = 128
+    creations_waiting: int = 64
 
 
 class Network(Section, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -193,8 +194,9 @@ def _check(config: Config, source: str) -> None:
         ("[network] mtu", config.network.mtu, 576, 65535), ("[network] flows", config.network.flows, 16, 1 << 20),
         ("[services] log_bytes", config.services.log_bytes, 1 << 16, 1 << 40),
         ("[daemon] grace_seconds", config.daemon.grace_seconds, 0, 600),
-        ("[pool] size", config.pool.size, 0, _POOL_MOST), ("[pool] most", config.pool.most, 0, _POOL_MOST),
+        ("[pool] size", config.pool.size, 0, MOST_SLOTS), ("[pool] most", config.pool.most, 0, MOST_SLOTS),
         ("[pool] rate", config.pool.rate, 0.1, 10_000),
+        ("[daemon] creations_waiting", config.daemon.creations_waiting, 0, 100_000),
         ("[daemon] connections_per_user", config.daemon.connections_per_user, 1, 10_000),
     ):
         if not least <= value <= most:

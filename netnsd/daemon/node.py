@@ -24,9 +24,11 @@ from netnsd.api.attach import AttachServer
 from netnsd.api.closing import Closer
 from netnsd.api.routes import Context
 from netnsd.api.server import Gate, HttpServer
+from netnsd.core import views
 from netnsd.core.environments import Adapters, Environments
 from netnsd.core.pool import PoolSettings
 from netnsd.core.registry import Settings
+from netnsd.core.templates import Templates
 from netnsd.daemon.config import Config
 from netnsd.errors import ConfigError, HostUnfit, NetnsdError, SupernetConflict
 from netnsd.kernel import bridges, host, logfile, ruleset_watch
@@ -37,6 +39,7 @@ from netnsd.kernel.namespace_thread import NamespaceThread, Priority
 from netnsd.kernel.network import NETNS_DIRECTORY, KernelNetwork
 from netnsd.kernel.processes import LauncherProcesses
 from netnsd.observability.events import EventLog
+from netnsd.observability.metrics import Figures, Metrics
 from netnsd.store import SqliteStore
 
 API_SOCKET, ATTACH_SOCKET, LAUNCHER_SOCKET = "netnsd.sock", "attach.sock", "launcher.sock"
@@ -104,8 +107,10 @@ class Node:
             adapters = Adapters(network, firewall, processes, cgroups, store, files, self._clock)
             services = self._config.services
             settings = Settings(self._config.published_range, services.allow_setuid, host.boot_id(),
-                                services.hard_limits, PoolSettings(**msgspec.structs.asdict(self._config.pool)))
+                                services.hard_limits, self._config.daemon.creations_waiting,
+                                PoolSettings(**msgspec.structs.asdict(self._config.pool)))
             self.environments = Environments(adapters, plan, settings, self._emit)
+            self._templates = Templates(self.environments, adapters, peer.account, self._emit)
             try:
                 # What environments lean on ends after them.
                 async with trio.open_nursery() as below:
@@ -115,6 +120,7 @@ class Node:
                     async with trio.open_nursery() as nursery:
                         self._scope = nursery.cancel_scope
                         await nursery.start(self.environments.run)
+                        await nursery.start(self._templates.run)
                         nursery.start_soon(self._look_after_logs, files)
                         nursery.start_soon(self._check_now_and_then)
                         nursery.start_soon(self._watch_rules)
@@ -161,7 +167,7 @@ class Node:
         api, attach = self._listen(API_SOCKET), self._listen(ATTACH_SOCKET)
         filters = peer.refuse_descriptors(api)
         peer.refuse_descriptors(attach)
-        context = Context(self.environments, self._info, self._doctor, files.log_path, logfile.read,
+        context = Context(self.environments, self._templates, Metrics(self._figures).text, self._info, self._doctor, files.log_path, logfile.read,
                           self._events.follow)
         closer = Closer(filters_descriptors=filters)
         self._http = HttpServer(application(context), closer)
@@ -211,7 +217,19 @@ class Node:
             version=__version__, pid=os.getpid(), started_at=self._started_at, kernel=platform.release(),
             supernet=self._config.network.supernet, port_range=self._config.ports.range,
             environments=len(self.environments.registry), published_ports=self.environments.registry.published,
-            addresses_free=self.environments.registry.addresses_free, features=host.features())
+            addresses_free=self.environments.registry.addresses_free, pool_size=self.environments.pool.size,
+            pool_ready=self.environments.pool.ready, features=host.features())
+
+    def _figures(self) -> Figures:
+        service = self.environments
+        found = list(service.registry.all())
+        # Of templates' stocks the metrics say how many are ready in all: whose they are is nobody else's business.
+        return Figures(
+            states={state: sum(e.shown_state == state for e in found)
+                    for state in ("creating", "running", "stopped", "removing")},
+            published_ports=service.registry.published, addresses_free=service.registry.addresses_free,
+            pools=[views.pool(service.pool), self._templates.pool()], creations_under_way=service.admission.under_way,
+            creations_waiting=service.admission.waiting, creations_refused=service.admission.refused)
 
     async def _doctor(self) -> wire.Doctor:
         findings = await host.examine(self._thread, self._config.network.supernet)

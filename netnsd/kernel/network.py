@@ -10,7 +10,7 @@ from __future__ import annotations
 import errno
 import os
 import socket
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 from typing import TypeVar
@@ -67,6 +67,14 @@ class KernelNetwork:
     async def claim(self, slot: Slot, netns: str) -> None:
         """See ``core.interfaces.Network``."""
         await self._thread.run(lambda: self._claim(slot, netns), Priority.CREATE)
+
+    async def unname(self, slot: Slot, netns: str) -> None:
+        """See ``core.interfaces.Network``."""
+        await self._thread.run(lambda: self._unname_all([(slot.index, netns)]), Priority.FURNISH)
+
+    async def tidy(self, slots: Sequence[tuple[Slot, str]]) -> None:
+        """See ``core.interfaces.Network``."""
+        await self._thread.run(lambda: self._tidy({slot.index: netns for slot, netns in slots}), Priority.CHECK)
 
     async def furnish(self, slot: Slot, publications: Sequence[Publication]) -> None:
         """See ``core.interfaces.Network``."""
@@ -213,6 +221,20 @@ class KernelNetwork:
         if slots:
             self._route.transact(rtnetlink.doom_batch(slots), ignore=_GONE)
             self._route.transact(rtnetlink.delete_doomed_batch(), ignore=_GONE)
+
+    def _unname_all(self, names: Iterable[tuple[int, str]]) -> None:
+        try:
+            for index, name in names:
+                self._unname(index, f"{NETNS_DIRECTORY}/{name}")
+        except OSError as error:
+            raise KernelError.at("unpin", error) from error
+
+    def _tidy(self, kept: dict[int, str]) -> None:
+        owners = {inode.st_ino: index for index in kept if (inode := _inode(self._pin(index))) and _is_namespace(inode)}
+        found = [(name, _inode(f"{NETNS_DIRECTORY}/{name}")) for name in os.listdir(NETNS_DIRECTORY)] if owners else []
+        self._unname_all((index, name) for name, inode in found
+                         if inode is not None and (index := owners.get(inode.st_ino)) is not None
+                         and _is_namespace(inode) and kept[index] != name)
 
     def _unname(self, index: int, name: str) -> None:
         """Remove the name in /run/netns where it is ours: same namespace as the slot's pin, or left half-made."""

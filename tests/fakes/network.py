@@ -16,6 +16,7 @@ class FakeNetwork:
 
     def __init__(self) -> None:
         self.slots: dict[int, str | None] = {}
+        self.second_names: set[tuple[int, str]] = set()
         self.foreign: set[str] = set()
         self.furnished: dict[int, tuple[Publication, ...]] = {}
         self.heard: dict[int, set[Listener]] = {}
@@ -36,7 +37,22 @@ class FakeNetwork:
         self._require(slot, "claim")
         if self.is_taken(netns):
             raise NetnsTaken(f"the namespace {netns!r} was made by somebody else meanwhile", netns=netns)
+        before = self.slots[slot.index]
+        if before is not None:
+            self.second_names.add((slot.index, before))
         self.slots[slot.index] = netns
+
+    async def unname(self, slot: Slot, netns: str) -> None:
+        await trio.lowlevel.checkpoint()
+        self.second_names.discard((slot.index, netns))
+
+    async def tidy(self, slots: Sequence[tuple[Slot, str]]) -> None:
+        await trio.lowlevel.checkpoint()
+        for slot, netns in slots:
+            names = {name for index, name in self.second_names if index == slot.index} | {self.slots.get(slot.index)}
+            if netns in names:
+                self.slots[slot.index] = netns
+                self.second_names = {pair for pair in self.second_names if pair[0] != slot.index}
 
     async def furnish(self, slot: Slot, publications: Sequence[Publication]) -> None:
         await trio.lowlevel.checkpoint()
@@ -49,6 +65,7 @@ class FakeNetwork:
         for slot, _netns in slots:
             for held in (self.slots, self.furnished, self.heard):
                 held.pop(slot.index, None)
+            self.second_names = {pair for pair in self.second_names if pair[0] != slot.index}
 
     async def observe(self) -> set[int]:
         await trio.lowlevel.checkpoint()
@@ -64,7 +81,8 @@ class FakeNetwork:
         return frozenset(self.heard.get(slot.index, ()))
 
     def is_taken(self, netns: str) -> bool:
-        return netns in self.foreign or netns in self.slots.values()
+        return (netns in self.foreign or netns in self.slots.values()
+                or netns in {name for _, name in self.second_names})
 
     def listen(self, slot: Slot, protocol: str, port: int, address: str = "0.0.0.0") -> None:
         """Be a server inside."""

@@ -173,10 +173,11 @@ async def serving(directory: Path, *, filters: bool | None = None, connections_p
 
     def info() -> wire.Info:
         return wire.Info(version=__version__, pid=1, started_at="", kernel="", supernet="", port_range="",
-                         environments=0, published_ports=0, addresses_free=0, features={})
+                         environments=0, published_ports=0, addresses_free=0,
+                         pool_size=0, pool_ready=0, features={})
 
     async with world.running() as environments:
-        context = Context(environments, info, doctor or no_doctor, world.files.log_path, read_log, events.follow)
+        context = Context(environments, world.templates, lambda: b"netnsd_test 1\n", info, doctor or no_doctor, world.files.log_path, read_log, events.follow)
         api, attach = _listener(directory / "api.sock"), _listener(directory / "attach.sock")
         with api, attach:
             filtered = peer.refuse_descriptors(api) if filters in (True, None) else False

@@ -14,7 +14,9 @@ from netnsd import wire
 from netnsd.core.actor import Actor
 from netnsd.core.addressing import Plan
 from netnsd.core.environments import Adapters, Environments
+from netnsd.core.pool import PoolSettings
 from netnsd.core.registry import Settings
+from netnsd.core.templates import Templates
 from netnsd.store import SqliteStore
 from tests.fakes.faults import Faults
 from tests.fakes.files import FakeClock, FakeFiles
@@ -43,16 +45,19 @@ class World:
 
     def __init__(self, directory: Path, *, supernet: str = "10.9.0.0/24", bridge_ports: int = 29,
                  published_range: tuple[int, int] = (20000, 20009), allow_setuid: bool = True,
-                 boot_id: str = "this boot") -> None:
+                 boot_id: str = "this boot", creations_waiting: int = 64,
+                 pool: PoolSettings | None = None) -> None:
         self.directory = directory
         self.plan = Plan(supernet, bridge_ports)
-        self.settings = Settings(published_range, allow_setuid, boot_id)
+        self.settings = Settings(published_range, allow_setuid, boot_id, {}, creations_waiting, pool or PoolSettings())
+        self.accounts = {user.uid: user for user in (ALICE, BOB, CAROL)}
         self.faults = Faults()
         self.network, self.firewall, self.cgroups = FakeNetwork(), FakeFirewall(), FakeCgroups()
         self.processes, self.files, self.clock = FakeProcesses(self.cgroups), FakeFiles(), FakeClock()
         self.events: list[tuple[str, str, dict[str, Any]]] = []
         self.store: SqliteStore
         self.environments: Environments
+        self.templates: Templates
 
     @asynccontextmanager
     async def running(self) -> AsyncIterator[Environments]:
@@ -65,12 +70,17 @@ class World:
                 wrap(self.cgroups, "cgroups"), wrap(self.store, "store"), wrap(self.files, "files"), self.clock)
             self.processes.restart_daemon()
             self.environments = Environments(adapters, self.plan, self.settings, self._emit)
+            self.templates = Templates(self.environments, adapters, self._account, self._emit)
             async with trio.open_nursery() as nursery:
                 await nursery.start(self.environments.run)
+                await nursery.start(self.templates.run)
                 yield self.environments
                 nursery.cancel_scope.cancel()
         finally:
             self.store.close()
+
+    async def _account(self, uid: int) -> Actor | None:
+        return self.accounts.get(uid)
 
     def held(self) -> dict[str, Any]:
         """Everything that exists of environments, by where it is; what is empty is left out."""

@@ -1,0 +1,256 @@
+"""Templates: specifications under a name, some with environments of theirs started before anybody asks.
+
+A template and its stock are one user's, as a server runs as somebody. What is in stock has a row, and survives the
+daemon as every environment does; nobody sees it until it is handed over.
+"""
+
+from __future__ import annotations
+
+import uuid
+from collections.abc import Awaitable, Callable
+from typing import TYPE_CHECKING
+
+import msgspec
+import trio
+
+from netnsd import wire
+from netnsd.core import specification, views
+from netnsd.core.environment import Environment, Template
+from netnsd.core.registry import Blueprint
+from netnsd.errors import InvalidRequest, KernelError, NameTaken, NetnsdError, NotFound, WrongState
+
+if TYPE_CHECKING:
+    from netnsd.core.actor import Actor
+    from netnsd.core.environments import Adapters, Emit, Environments
+
+MOST_WARM = 64
+MOST_TEMPLATES = 100
+_READY_SECONDS = 60.0
+_FIRST_AGAIN_SECONDS, _LONGEST_AGAIN_SECONDS = 1.0, 60.0
+
+# Who a user is now, with the groups that a login would give; None where there is no such account any more.
+Account = Callable[[int], Awaitable["Actor | None"]]
+
+
+class Stock:
+    """What is kept of one template. ``scope`` ends its keeping."""
+
+    def __init__(self) -> None:
+        self.ready: list[Environment] = []
+        self.claimed = 0
+        self.missed = 0
+        self.reason = ""
+        self.scope = trio.CancelScope()
+        self.ended = trio.Event()
+
+
+class Templates:
+    """All templates of this host. ``run`` keeps their stocks."""
+
+    def __init__(self, environments: Environments, adapters: Adapters, account: Account, emit: Emit) -> None:
+        self._environments = environments
+        self._store = adapters.store
+        self._clock = adapters.clock
+        self._account = account
+        self._emit = emit
+        self._by_id: dict[str, Template] = {}
+        self._stocks: dict[str, Stock] = {}
+        self._nursery: trio.Nursery | None = None
+
+    async def run(self, *, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
+        """Keep what there should be in stock, until cancelled. After the environments run."""
+        async with trio.open_nursery() as self._nursery:
+            for template in self._store.templates():
+                self._know(template)
+            for environment in self._environments.registry.all():
+                if environment.stock and environment.stock not in self._by_id:
+                    self._environments.remove_behind(environment)
+            task_status.started()
+            await trio.sleep_forever()
+
+    # -- what users do ------------------------------------------------------------------------------------------
+
+    async def add(self, request: wire.TemplateRequest, actor: Actor) -> wire.Template:
+        """Keep a specification. Raises Invalid*, Forbidden, NameTaken."""
+        name = specification.check_name(request.name, what="template name")
+        if not 0 <= request.warm <= MOST_WARM:
+            raise InvalidRequest(f"warm {request.warm} is not from 0 to {MOST_WARM}", hint="0 keeps none.")
+        # What could not be created is not kept.
+        Blueprint.of(_created(request.specification), actor, self._environments.settings)
+        existing = self._own(actor.uid, name)
+        if existing is not None and not request.replace:
+            raise NameTaken(f"you have a template {name!r} already", hint="Choose another name, or pass --replace.",
+                            name=name)
+        if existing is None and sum(t.uid == actor.uid for t in self._by_id.values()) >= MOST_TEMPLATES:
+            raise InvalidRequest(f"you have {MOST_TEMPLATES} templates already", hint="Remove one.")
+        template = Template(str(uuid.uuid4()), name, actor.uid, actor.user, request.warm, request.specification,
+                            self._clock.now())
+        with self._store.transaction():
+            if existing is not None:
+                self._store.delete_template(existing.id)
+            self._store.add_template(template)
+        if existing is not None:
+            self._forget(existing)
+        self._know(template)
+        return self._shown(template)
+
+    def find(self, ref: str, actor: Actor) -> Template:
+        """The template that ``actor`` means, by name or by id. Raises NotFound."""
+        found = self._own(actor.uid, ref) or self._by_id.get(ref)
+        if found is None or not actor.may_see(found.uid):
+            raise NotFound(f"there is no template {ref[:80]!r}", hint="`netnsctl template ls` lists yours.",
+                           ref=ref[:80])
+        return found
+
+    async def remove(self, ref: str, actor: Actor) -> None:
+        """Remove a template, and its stock behind that."""
+        template = self.find(ref, actor)
+        with self._store.transaction():
+            self._store.delete_template(template.id)
+        self._forget(template)
+
+    def show(self, ref: str, actor: Actor) -> wire.Template:
+        """One template. Raises NotFound."""
+        return self._shown(self.find(ref, actor))
+
+    def shown(self, actor: Actor) -> list[wire.Template]:
+        """The actor's own, oldest first."""
+        return [self._shown(t) for t in self._by_id.values() if t.uid == actor.uid]
+
+    def pools(self, actor: Actor) -> list[wire.Pool]:
+        """The stocks of the actor's own templates."""
+        return [wire.Pool(name=f"template/{t.name}", size=t.warm, target=t.warm, ready=len(stock.ready),
+                          claimed=stock.claimed, missed=stock.missed, reason=stock.reason)
+                for t in self._by_id.values() if t.uid == actor.uid and t.warm
+                for stock in (self._stocks[t.id],)]
+
+    def pool(self) -> wire.Pool:
+        """All stocks together, for whom it does not matter whose they are."""
+        size = sum(t.warm for t in self._by_id.values())
+        stocks = self._stocks.values()
+        return wire.Pool(name="templates", size=size, target=size, ready=sum(len(s.ready) for s in stocks),
+                         claimed=sum(s.claimed for s in stocks), missed=sum(s.missed for s in stocks), reason="")
+
+    async def create(self, request: wire.CreateRequest, actor: Actor) -> Environment:
+        """Make an environment as ``Environments.create`` does; of a template, hand over one that is ready."""
+        if request.template is None:
+            return await self._environments.create(request, actor)
+        template = self.find(request.template, actor)
+        if template.uid != actor.uid:
+            raise NotFound(f"you have no template {template.name!r}", hint="A template is for its own user alone.")
+        _check_bare(request)
+        while (environment := self._take(template)) is not None:
+            try:
+                await self._environments.make_way(request, actor)
+                return await self._environments.hand_over(environment, request)
+            except (WrongState, NotFound, KernelError):
+                self._environments.remove_behind(environment)
+            except BaseException:
+                if template.id in self._stocks:
+                    self._stocks[template.id].ready.insert(0, environment)
+                raise
+        labels = {**template.specification.labels, **request.labels}
+        return await self._environments.create(msgspec.structs.replace(
+            _created(template.specification), name=request.name, labels=labels, replace=request.replace), actor)
+
+    def _take(self, template: Template) -> Environment | None:
+        """One of the stock that still runs, for the caller alone."""
+        stock = self._stocks[template.id]
+        while stock.ready:
+            environment = stock.ready.pop(0)
+            if _is_good(environment):
+                stock.claimed += 1
+                self._environments.pulse()
+                return environment
+            self._environments.remove_behind(environment)
+        if template.warm:
+            stock.missed += 1
+        return None
+
+    # -- stocks -------------------------------------------------------------------------------------------------
+
+    def _own(self, uid: int, name: str) -> Template | None:
+        return next((t for t in self._by_id.values() if t.uid == uid and t.name == name), None)
+
+    def _know(self, template: Template) -> None:
+        assert self._nursery is not None
+        self._by_id[template.id] = template
+        self._stocks[template.id] = Stock()
+        if template.warm:
+            self._nursery.start_soon(self._keep, template, self._stocks[template.id])
+
+    def _forget(self, template: Template) -> None:
+        del self._by_id[template.id]
+        self._stocks.pop(template.id).scope.cancel()
+        for environment in self._environments.registry.stock(template.id):
+            self._environments.remove_behind(environment)
+
+    async def _keep(self, template: Template, stock: Stock) -> None:
+        """Keep as many ready as the template says; what ended by itself is removed, and another made."""
+        pause = _FIRST_AGAIN_SECONDS
+        with stock.scope:
+            stock.ready.extend(self._found(template))
+            while True:
+                for environment in [e for e in stock.ready if not _is_good(e)]:
+                    stock.ready.remove(environment)
+                    self._environments.remove_behind(environment)
+                if len(stock.ready) >= template.warm:
+                    await self._environments.changed()
+                    continue
+                try:
+                    stock.ready.append(await self._made(template))
+                except NetnsdError as error:
+                    self._stuck(template, stock, error.message)
+                    await trio.sleep(pause)
+                    pause = min(2 * pause, _LONGEST_AGAIN_SECONDS)
+                else:
+                    stock.reason, pause = "", _FIRST_AGAIN_SECONDS
+
+    def _found(self, template: Template) -> list[Environment]:
+        """What an earlier run of the daemon left in stock; what was not ready yet goes."""
+        found = self._environments.registry.stock(template.id)
+        for environment in found:
+            if not _is_good(environment):
+                self._environments.remove_behind(environment)
+        return [e for e in found if _is_good(e)]
+
+    async def _made(self, template: Template) -> Environment:
+        actor = await self._account(template.uid)
+        if actor is None:
+            raise WrongState(f"there is no user {template.user!r} any more", hint="Remove the template.")
+        name = f"{template.name[:specification.NAME_CHARACTERS - 9]}-{uuid.uuid4().hex[:8]}"
+        environment = await self._environments.stock(_created(template.specification, name), actor, template.id)
+        try:
+            await self._environments.wait(environment, "ready", _READY_SECONDS)
+        except BaseException:
+            self._environments.remove_behind(environment)
+            raise
+        return environment
+
+    def _stuck(self, template: Template, stock: Stock, reason: str) -> None:
+        if reason != stock.reason:
+            stock.reason = reason
+            self._emit("template_stuck", template.uid, "", template.name, reason=reason)
+
+    def _shown(self, template: Template) -> wire.Template:
+        stock = self._stocks[template.id]
+        return views.template(template, ready=len(stock.ready), reason=stock.reason)
+
+
+def _is_good(environment: Environment) -> bool:
+    """Whether it can be handed over: ready, and no service of it has ended."""
+    return environment.state == "ready" and all(s.state == "running" for s in environment.services.values())
+
+
+def _created(wanted: wire.Specification, name: str | None = None) -> wire.CreateRequest:
+    return wire.CreateRequest(name=name, **msgspec.structs.asdict(wanted))
+
+
+def _check_bare(request: wire.CreateRequest) -> None:
+    for known in msgspec.structs.fields(wire.Specification):
+        if known.name != "labels" and getattr(request, known.name) != getattr(_NOTHING, known.name):
+            raise InvalidRequest(f"{known.name} cannot be given beside template",
+                                 hint="The template has it. Add another template, or create without one.")
+
+
+_NOTHING = wire.Specification()
