@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import uuid
+from collections import deque
 from collections.abc import Awaitable, Callable
 from contextlib import AbstractAsyncContextManager
 from dataclasses import dataclass, replace
@@ -69,6 +70,8 @@ class Environments:
         self._emit = emit
         self._locks: dict[str, trio.Lock] = {}
         self._furnished: set[str] = set()
+        self._unsettled: deque[Environment] = deque()
+        self._has_unsettled = trio.Event()
         self._quiet = Quiet()
         self._reaper: Batcher[Environment] = Batcher(self._reap, _REMOVAL_BATCH)
         self._supervisor = Supervisor(adapters, emit, settings.hard_limits)
@@ -90,6 +93,7 @@ class Environments:
             await self._nursery.start(self._supervisor.run)
             await self._take_over()
             self._nursery.start_soon(self._supervisor.follow_exits)
+            self._nursery.start_soon(self._settle_all)
             self._nursery.start_soon(self.pool.run)
             task_status.started()
 
@@ -110,10 +114,10 @@ class Environments:
         observed = await self._observe(desired)
         actions = reconcile.plan(desired, observed)
         await self._a.firewall.restore([_opening(e) for e, _ in actions.adopt])
-        assert self._nursery is not None
         for environment, services in actions.adopt:
+            environment.state = "ready"
             # Again, as the daemon may have been killed between the answer and that; done twice it changes nothing.
-            self._nursery.start_soon(self._furnish_behind, environment)
+            self._settle(environment)
             self._supervisor.adopt(environment, services, reported=observed.running.keys())
         await self._clear(actions)
         async with trio.open_nursery() as nursery:
@@ -278,7 +282,10 @@ class Environments:
                 for service in list(environment.services.values()):
                     await self._supervisor.start(environment, service)
             self._waits.require(environment)  # it may have been removed meanwhile
-            self._set_state(environment, "ready")
+            if environment.services:
+                self._write_ready([environment])
+            environment.state = "ready"
+            self._supervisor.pulse()
         except BaseException:
             with trio.move_on_after(_UNDO_SECONDS, shield=True):
                 await self._undo(environment)
@@ -287,8 +294,7 @@ class Environments:
             lock.release()
         self._tell("created", environment)
         if not environment.services:
-            assert self._nursery is not None
-            self._nursery.start_soon(self._furnish_behind, environment)
+            self._settle(environment)
         return environment
 
     async def _claim(self, environment: Environment) -> None:
@@ -304,17 +310,44 @@ class Environments:
             await self._a.network.furnish(environment.slot, _opening(environment).publications)
             self._furnished.add(environment.id)
 
+    def _settle(self, environment: Environment) -> None:
+        """What an environment without a server needs later than its creator: it is done behind the answer.
+
+        Its row says "creating" till then. Should the daemon be killed, the next one finds that all of it is there.
+        """
+        self._unsettled.append(environment)
+        self._has_unsettled.set()
+
+    async def _settle_all(self) -> None:
+        while True:
+            await self._has_unsettled.wait()
+            self._has_unsettled = trio.Event()
+            await self._quiet.wait()
+            try:
+                self._write_ready([e for e in self._unsettled if e in self.registry and e.state == "ready"])
+            except StoreError as error:
+                self._emit("store_failed", 0, "", "", reason=error.message)
+            while self._unsettled:
+                await self._furnish_behind(self._unsettled.popleft())
+
     async def _furnish_behind(self, environment: Environment) -> None:
-        """Furnish after the answer: nothing runs there yet. A failure shows when something is to run."""
-        await self._quiet.wait()
+        """Furnish though nothing runs there yet. A failure shows when something is to run."""
         if environment not in self.registry or environment.id in self._furnished:
             return
+        await self._quiet.wait()
         async with self._lock(environment.id):
             if environment.state == "ready":
                 try:
                     await self._furnish(environment)
                 except NetnsdError as error:
                     self._tell("furnish_failed", environment, reason=error.message)
+
+    def _write_ready(self, environments: list[Environment]) -> None:
+        with self._a.store.transaction():
+            for environment in environments:
+                for service in environment.services.values():
+                    self._a.store.set_service(environment.id, service)
+                self._a.store.set_state(environment.id, "ready")
 
     # -- using --------------------------------------------------------------------------------------------------
 

@@ -45,7 +45,9 @@ def plan(desired: Iterable[Environment], observed: Observed) -> Actions:
         slots.discard(environment.slot.index)
         cgroups.discard(environment.slot.cgroup)
         files.discard(environment.id)
-        if environment.state != "ready":
+        # Without services one that is being made is whole as soon as its namespace has its name, which comes last.
+        if environment.state == "removing" or (environment.state == "creating" and (
+                environment.services or environment.id not in observed.intact)):
             actions.undo.append(environment)
         elif environment.id not in observed.intact:
             actions.lost.append(environment)

@@ -229,8 +229,10 @@ class Supervisor:
         self._tell("ended", environment, service.name, exit_code=service.exit_code)
 
     def _save(self, environment: Environment, service: Service) -> None:
-        with self._a.store.transaction():
-            self._a.store.set_service(environment.id, service)
+        # While it is being made its row says so, and all of it is undone if the daemon dies; its end writes the rest.
+        if environment.state != "creating":
+            with self._a.store.transaction():
+                self._a.store.set_service(environment.id, service)
         environment.services[service.name] = service
         self.pulse()
 

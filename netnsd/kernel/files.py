@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import functools
 import os
 import shutil
 import struct
@@ -124,11 +125,17 @@ class EnvironmentFiles:
 
 
 def _host_names() -> str:
+    """See ``_host_names_of``."""
+    return _host_names_of(_read(_HOSTS) or "")
+
+
+@functools.lru_cache(maxsize=4)
+def _host_names_of(text: str) -> str:
     """The host's own /etc/hosts without its loopback names.
 
     IPv6 is off inside: localhost must not name ::1, which servers would bind alone and clients try first.
     """
-    lines = (_read(_HOSTS) or "").splitlines()
+    lines = text.splitlines()
     kept = [line for line in lines if (fields := line.split("#")[0].split()) and not _is_loopback(fields[0])]
     return "".join(f"{line}\n" for line in kept)
 

@@ -40,8 +40,16 @@ def test_every_environment_ends_in_one_action_and_only_the_rest_is_orphaned(
     assert set(actions.orphan_cgroups) == {f"nd{n}" for n in cgroups - own}
     assert set(actions.orphan_files) == {f"id{n}" for n in files - own}
     for (state, whole), e in zip(rows, desired, strict=True):
-        assert (e in actions.undo) == (state != "ready")
+        assert (e in actions.undo) == (state == "removing" or (state == "creating" and not whole))
         assert (e in actions.lost) == (state == "ready" and not whole)
+
+
+def test_what_is_being_made_with_services_is_undone_though_its_namespace_is_whole() -> None:
+    for state, services, undone in (("creating", {}, False), ("creating", {"main": Service("main", COMMAND)}, True),
+                                    ("ready", {"main": Service("main", COMMAND)}, False)):
+        actions = plan([environment(0, state, services)], Observed(**{**NOTHING, "intact": frozenset({"id0"})}))
+        assert bool(actions.undo) == undone
+        assert bool(actions.adopt) != undone
 
 
 @pytest.mark.parametrize("stored", ["starting", "running", "stopped", "exited"])
