@@ -15,6 +15,8 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import TypeVar
 
+import trio
+
 from netnsd.core.addressing import PORT_PREFIX, Slot
 from netnsd.core.interfaces import Listener, Publication
 from netnsd.errors import KernelError, NetnsTaken
@@ -65,8 +67,9 @@ class KernelNetwork:
         await self.furnish(slot, ())
 
     async def claim(self, slot: Slot, netns: str) -> None:
-        """See ``core.interfaces.Network``."""
-        await self._thread.run(lambda: self._claim(slot, netns), Priority.CREATE)
+        """See ``core.interfaces.Network``. In the caller's thread: no namespace is entered, and a hop costs more."""
+        await trio.lowlevel.checkpoint_if_cancelled()
+        self._claim(slot, netns)
 
     async def unname(self, slot: Slot, netns: str) -> None:
         """See ``core.interfaces.Network``."""
