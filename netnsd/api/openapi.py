@@ -17,7 +17,9 @@ _REFS = "#/components/schemas/{name}"
 
 def document() -> dict[str, Any]:
     """The document that ``/openapi.json`` serves."""
-    known = {t for r in ROUTES for t in _answers(r)} | {r.body for r in ROUTES if r.body} | {wire.ErrorAnswer, wire.Event}
+    known = {wire.ErrorAnswer, wire.Event}
+    for route in ROUTES:
+        known.update(_answers(route), [route.body] if route.body else [])
     ordered = sorted(known, key=lambda t: str(t.__name__))
     schemas, components = msgspec.json.schema_components(ordered, ref_template=_REFS)
     by_type = dict(zip(ordered, schemas, strict=True))

@@ -9,7 +9,6 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import msgspec
-import trio
 
 from netnsd import wire
 from netnsd.core import views
@@ -170,25 +169,12 @@ async def _remove_many(call: Call) -> wire.Removal | Accepted:
             failed.append(_failure(ref, error))
     if not refs:
         chosen = {e.name: e for e in service.registry.visible(call.actor, everyones=False, labels=labels)}
-    removed: list[str] = []
-
-    async def remove(ref: str, environment: Environment) -> None:
-        try:
-            await service.remove(environment)
-        except NetnsdError as error:
-            failed.append(_failure(ref, error))
-        else:
-            removed.append(environment.name)
-
     if not call.flag("wait", default=True):
-        for environment in chosen.values():
-            service.remove_behind(environment)
+        service.remove_behind(*chosen.values())
         return Accepted(wire.Removal(removed=[e.name for e in chosen.values()], failed=failed))
-    async with trio.open_nursery() as nursery:
-        for ref, environment in chosen.items():
-            nursery.start_soon(remove, ref, environment)
-    order = {environment.name: number for number, environment in enumerate(chosen.values())}
-    return wire.Removal(removed=sorted(removed, key=order.__getitem__), failed=failed)
+    failures = await service.remove_many(list(chosen.values()))
+    failed += [_failure(ref, failures[e.id]) for ref, e in chosen.items() if e.id in failures]
+    return wire.Removal(removed=[e.name for e in chosen.values() if e.id not in failures], failed=failed)
 
 
 def _failure(ref: str, error: NetnsdError) -> wire.Failure:

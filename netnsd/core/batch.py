@@ -18,10 +18,12 @@ class Batcher(Generic[T]):
     Args:
         work: does a batch. What it raises reaches every caller of that batch.
         limit: the most items of one batch.
+        workers: batches at the same time.
     """
 
-    def __init__(self, work: Callable[[list[T]], Awaitable[None]], limit: int) -> None:
+    def __init__(self, work: Callable[[list[T]], Awaitable[None]], limit: int, *, workers: int = 1) -> None:
         self._work = work
+        self._workers = workers
         self._send, self._receive = trio.open_memory_channel[tuple[T, "_Outcome"]](10 * limit)
         self._limit = limit
         self._stopped = False
@@ -39,7 +41,9 @@ class Batcher(Generic[T]):
     async def run(self) -> None:
         """Work for ever; the owning nursery ends it, and then who still waits gets ShuttingDown."""
         try:
-            await self._work_on()
+            async with trio.open_nursery() as nursery:
+                for _ in range(self._workers):
+                    nursery.start_soon(self._work_on)
         finally:
             self._stopped = True
             while True:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import contextlib
 import uuid
 from collections import deque
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Sequence
 from contextlib import AbstractAsyncContextManager
 from dataclasses import dataclass, replace
 from functools import partial
@@ -25,7 +25,7 @@ from netnsd.core.addressing import Plan, Slot
 from netnsd.core.admission import AT_ONCE, Admission
 from netnsd.core.allocation import SlotAllocator
 from netnsd.core.batch import Batcher
-from netnsd.core.environment import Environment, StoredState
+from netnsd.core.environment import Environment
 from netnsd.core.interfaces import Cgroups, Clock, Files, Firewall, Network, Opening, Processes, Publication, Store
 from netnsd.core.pool import Pool, SlotSpoilt
 from netnsd.core.quiet import Quiet
@@ -35,7 +35,9 @@ from netnsd.core.waiting import Aim, Waits
 from netnsd.errors import KernelError, NetnsdError, StoreError
 
 _UNDO_SECONDS = 30.0
-_REMOVAL_BATCH = 256
+# The kernel needs half a millisecond per link, in which nothing else can be wired.
+_REMOVAL_BATCH = 64
+_REMOVALS_AT_ONCE = 2
 _KILL_AGAIN_SECONDS = 0.5
 _EXEC_GROUP = "exec"
 _MANY_AT_ONCE = 4  # of one request: half of what the host does at once
@@ -73,7 +75,7 @@ class Environments:
         self._unsettled: deque[Environment] = deque()
         self._has_unsettled = trio.Event()
         self._quiet = Quiet()
-        self._reaper: Batcher[Environment] = Batcher(self._reap, _REMOVAL_BATCH)
+        self._reaper: Batcher[_Doomed] = Batcher(self._reap, _REMOVAL_BATCH, workers=_REMOVALS_AT_ONCE)
         self._supervisor = Supervisor(adapters, emit, settings.hard_limits)
         self._slots = SlotAllocator(plan.slots)
         self.registry = Registry(settings, adapters.store, adapters.clock, self._slots,
@@ -120,6 +122,7 @@ class Environments:
             self._settle(environment)
             self._supervisor.adopt(environment, services, reported=observed.running.keys())
         await self._clear(actions)
+        self._mark_removing(actions.undo + actions.lost)
         async with trio.open_nursery() as nursery:
             for environment in actions.undo + actions.lost:
                 nursery.start_soon(self._remove_quietly, environment)
@@ -203,6 +206,7 @@ class Environments:
 
     async def _remove_all(self, environments: list[Environment]) -> None:
         with trio.CancelScope(shield=True):
+            self._mark_removing(environments)
             async with trio.open_nursery() as nursery:
                 for environment in environments:
                     nursery.start_soon(self._remove_quietly, environment)
@@ -406,7 +410,33 @@ class Environments:
 
         Raises KernelError where something could not be removed; it is tried again later.
         """
-        self._mark_removing(environment)
+        self._mark_removing([environment])
+        await self._remove(environment)
+
+    async def remove_many(self, environments: Sequence[Environment]) -> dict[str, NetnsdError]:
+        """Remove many; returns what went wrong, by id."""
+        failures: dict[str, NetnsdError] = {}
+
+        async def remove(environment: Environment) -> None:
+            try:
+                await self._remove(environment)
+            except NetnsdError as error:
+                failures[environment.id] = error
+
+        self._mark_removing(environments)
+        async with trio.open_nursery() as nursery:
+            for environment in environments:
+                nursery.start_soon(remove, environment)
+        return failures
+
+    def remove_behind(self, *environments: Environment) -> None:
+        """Begin to remove them, and return at once. What fails is tried again later."""
+        self._mark_removing(environments)
+        assert self._nursery is not None
+        for environment in environments:
+            self._nursery.start_soon(self._remove_quietly, environment)
+
+    async def _remove(self, environment: Environment) -> None:
         lock = self._lock(environment.id)
         with trio.CancelScope(shield=True):
             await self._wrest(environment, lock)
@@ -416,14 +446,14 @@ class Environments:
             finally:
                 lock.release()
 
-    def remove_behind(self, environment: Environment) -> None:
-        """Begin to remove it, and return at once. What fails is tried again later."""
-        self._mark_removing(environment)
-        assert self._nursery is not None
-        self._nursery.start_soon(self._remove_quietly, environment)
-
     async def _wrest(self, environment: Environment, lock: trio.Lock) -> None:
         """Take the lock from who waits for servers to start or to end: kill them, again while new ones come."""
+        try:
+            lock.acquire_nowait()
+        except trio.WouldBlock:
+            pass
+        else:
+            return
         while True:
             with contextlib.suppress(NetnsdError):  # told when it is torn down
                 await self._a.cgroups.remove(environment.slot.cgroup)
@@ -433,7 +463,7 @@ class Environments:
                 return
 
     async def _undo(self, environment: Environment) -> None:
-        self._mark_removing(environment)
+        self._mark_removing([environment])
         try:
             await self._tear_down(environment)
         except NetnsdError as error:
@@ -441,39 +471,39 @@ class Environments:
 
     async def _remove_quietly(self, environment: Environment) -> None:
         try:
-            await self.remove(environment)
+            await self._remove(environment)
         except NetnsdError as error:
             self._tell("remove_failed", environment, reason=error.message)
 
     async def _tear_down(self, environment: Environment) -> None:
         failures: list[str] = []
-        for step in (partial(self._a.cgroups.remove, environment.slot.cgroup),
-                     partial(self._reap_one, environment)):
-            try:
-                await step()
-            except (NetnsdError, ExceptionGroup) as error:
-                failures.extend(_messages(error))
+        try:
+            await self._a.cgroups.remove(environment.slot.cgroup)
+        except NetnsdError as error:
+            failures.append(error.message)
         try:
             self._a.files.remove(environment.id)
         except NetnsdError as error:
             failures.append(error.message)
+        doomed = _Doomed(environment, is_last=not failures)
+        try:
+            try:
+                await self._reaper.do(doomed)
+            except ExceptionGroup:  # another's of the same batch, perhaps
+                await self._reap([doomed])
+        except (NetnsdError, ExceptionGroup) as error:
+            failures.extend(_messages(error))
         if failures:
             raise KernelError(f"{environment.name!r} could not be removed whole: {'; '.join(failures)}",
                               hint="It is tried again every minute.", failures=failures)
-        self.registry.release(environment)
         self._furnished.discard(environment.id)
         self._locks.pop(environment.id, None)
         self._supervisor.forget(environment)
         self._tell("removed", environment)
 
-    async def _reap_one(self, environment: Environment) -> None:
-        try:
-            await self._reaper.do(environment)
-        except ExceptionGroup:  # another's of the same batch, perhaps
-            await self._reap([environment])
-
-    async def _reap(self, environments: list[Environment]) -> None:
-        """Remove what the kernel has of many environments at once."""
+    async def _reap(self, doomed: list[_Doomed]) -> None:
+        """Remove what the kernel has of many environments at once, and forget those of which that was the last."""
+        environments = [one.environment for one in doomed]
         errors: list[Exception] = []
         for step in (partial(self._a.firewall.close, [_opening(e) for e in environments]),
                      partial(self._a.network.unwire, [(e.slot, e.netns) for e in environments])):
@@ -483,21 +513,21 @@ class Environments:
                 errors.append(error)
         if errors:
             raise ExceptionGroup("reap", errors)
+        self.registry.release([one.environment for one in doomed if one.is_last])
 
     # -- small things -------------------------------------------------------------------------------------------
 
-    def _mark_removing(self, environment: Environment) -> None:
-        """Say that it goes. Where even that cannot be written it goes all the same, and is tried again."""
-        environment.state = "removing"
+    def _mark_removing(self, environments: Sequence[Environment]) -> None:
+        """Say that they go. Where even that cannot be written they go all the same, and it is tried again."""
+        for environment in environments:
+            environment.state = "removing"
         try:
-            self._set_state(environment, "removing")
+            with self._a.store.transaction():
+                for environment in environments:
+                    self._a.store.set_state(environment.id, "removing")
         except StoreError as error:
-            self._tell("store_failed", environment, reason=error.message)
-
-    def _set_state(self, environment: Environment, state: StoredState) -> None:
-        with self._a.store.transaction():
-            self._a.store.set_state(environment.id, state)
-        environment.state = state
+            for environment in environments:
+                self._tell("store_failed", environment, reason=error.message)
         self._supervisor.pulse()
 
     def _lock(self, environment_id: str) -> trio.Lock:
@@ -508,6 +538,14 @@ class Environments:
 
     def _tell(self, kind: str, environment: Environment, **details: Any) -> None:
         self._emit(kind, environment.uid, environment.id, environment.name, **details)
+
+
+@dataclass(frozen=True, slots=True)
+class _Doomed:
+    """An environment to reap. ``is_last``: nothing of it is left anywhere else."""
+
+    environment: Environment
+    is_last: bool
 
 
 class _Turn:

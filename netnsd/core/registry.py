@@ -6,7 +6,7 @@ from __future__ import annotations
 
 import re
 import uuid
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import TYPE_CHECKING
@@ -162,16 +162,20 @@ class Registry:
         for port in environment.ports:
             self._ports.restore(port.protocol, port.published, environment.id)
 
-    def release(self, environment: Environment) -> None:
-        """Forget an environment of which nothing is left, and give back what it held."""
+    def release(self, environments: Sequence[Environment]) -> None:
+        """Forget environments of which nothing is left, and give back what they held."""
         with self._store.transaction():
-            self._store.delete(environment.id)
-        del self._by_id[environment.id]
-        self._by_name.pop((environment.uid, environment.name), None)
-        self._netns.discard(environment.netns)
-        self._slots.release(environment.slot.index)
-        for port in environment.ports:
-            self._ports.release(port.protocol, port.published)
+            for environment in environments:
+                self._store.delete(environment.id)
+        for environment in environments:
+            if self._by_id.pop(environment.id, None) is None:
+                continue
+            if self._by_name.get((environment.uid, environment.name)) is environment:
+                del self._by_name[environment.uid, environment.name]
+            self._netns.discard(environment.netns)
+            self._slots.release(environment.slot.index)
+            for port in environment.ports:
+                self._ports.release(port.protocol, port.published)
 
     def stock(self, template: str) -> list[Environment]:
         """The environments that are kept for a template, oldest first."""

@@ -173,6 +173,9 @@ class CgroupTree:
         Raises KernelError when that takes longer than ``REMOVE_SECONDS`` (a process in uninterruptible sleep).
         """
         directory = self.path(path)
+        if not os.path.isdir(directory):  # noqa: ASYNC240  # the kernel's, and in memory
+            await trio.lowlevel.checkpoint_if_cancelled()
+            return
         last: OSError = TimeoutError(errno.ETIMEDOUT, os.strerror(errno.ETIMEDOUT), directory)
         with trio.move_on_after(REMOVE_SECONDS):
             try:

@@ -147,7 +147,7 @@ class NftFirewall:
 
     async def close(self, openings: Sequence[Opening]) -> None:
         """See ``core.interfaces.Firewall``."""
-        await self._thread.run(self._in_turn(lambda: self._close(openings)), Priority.REMOVE)
+        await trio.to_thread.run_sync(self._in_turn(lambda: self._close(openings)))
 
     async def restore(self, openings: Sequence[Opening]) -> bool:
         """See ``core.interfaces.Firewall``."""

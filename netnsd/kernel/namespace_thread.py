@@ -7,7 +7,6 @@ while it stood in a namespace, that namespace could not be deleted.
 
 from __future__ import annotations
 
-import contextlib
 import enum
 import errno
 import heapq
@@ -34,9 +33,8 @@ class Priority(enum.IntEnum):
 
     CREATE = 0
     FURNISH = 1
-    REMOVE = 2
-    CHECK = 3
-    STOP = 4
+    CHECK = 2
+    STOP = 3
 
 
 class NamespaceThread:
@@ -156,8 +154,15 @@ def unpin(path: str) -> None:
         except FileNotFoundError:
             return
         except OSError as error:
-            if error.errno == errno.EINVAL:  # nothing is mounted there any more
-                break
-            raise
-    with contextlib.suppress(FileNotFoundError):
-        os.unlink(path)
+            if error.errno != errno.EINVAL:  # nothing is mounted there any more
+                raise
+        # Rather than another umount2 that finds nothing.
+        try:
+            os.unlink(path)
+        except FileNotFoundError:
+            return
+        except OSError as error:
+            if error.errno != errno.EBUSY:  # something else is mounted there
+                raise
+        else:
+            return

@@ -7,6 +7,7 @@ else's, whatever our records say, and is never touched.
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import os
 import socket
@@ -24,6 +25,7 @@ from netnsd.kernel import bridges, carrier, inhabitants, inner, libc, namespace_
 from netnsd.kernel.namespace_thread import NamespaceThread, Priority
 
 NETNS_DIRECTORY = Path("/run/netns")
+REMOVALS_AT_ONCE = 2
 _GONE = frozenset({errno.ENODEV, errno.ENOENT, errno.ESRCH})
 
 T = TypeVar("T")
@@ -43,6 +45,8 @@ class KernelNetwork:
         self._pins = runtime / "slots"
         self._bridges = bridges.Bridges(mtu_bytes)
         self._route: rtnetlink.RouteSocket | None = None
+        # A deletion waits 10 ms and more at its end for grace periods of RCU, in which the next can begin.
+        self._removals = trio.CapacityLimiter(REMOVALS_AT_ONCE)
 
     @property
     def pins(self) -> Path:
@@ -89,8 +93,8 @@ class KernelNetwork:
         return await self._in_slot("listeners", slot, sockets.listeners, Priority.CHECK)
 
     async def unwire(self, slots: Sequence[tuple[Slot, str | None]]) -> None:
-        """See ``core.interfaces.Network``."""
-        await self._thread.run(lambda: self._unwire(slots), Priority.REMOVE)
+        """See ``core.interfaces.Network``. Beside the thread: no namespace is entered, and creations go on."""
+        await trio.to_thread.run_sync(self._unwire, slots, limiter=self._removals)
 
     async def observe(self) -> set[int]:
         """See ``core.interfaces.Network``."""
@@ -153,7 +157,7 @@ class KernelNetwork:
                 stage = "link"
                 own = namespace_thread.open_own()
                 try:
-                    undo.callback(self._unlink, [slot])
+                    undo.callback(self._unlink_from_host, slot)
                     self._route.transact(rtnetlink.host_batch(slot, own))
                 finally:
                     os.close(own)
@@ -210,6 +214,10 @@ class KernelNetwork:
         if errors:
             raise ExceptionGroup("unwire", errors)
 
+    def _unlink_from_host(self, slot: Slot) -> None:
+        namespace_thread.leave(self._thread.host_fd)
+        self._unlink([slot])
+
     def _name_of(self, index: int) -> str | None:
         """The name in /run/netns of a slot that no record tells of."""
         ours = _inode(self._pin(index))
@@ -219,11 +227,13 @@ class KernelNetwork:
                 return name
         return None
 
-    def _unlink(self, slots: list[Slot]) -> None:
-        assert self._route is not None
+    @staticmethod
+    def _unlink(slots: list[Slot]) -> None:
         if slots:
-            self._route.transact(rtnetlink.doom_batch(slots), ignore=_GONE)
-            self._route.transact(rtnetlink.delete_doomed_batch(), ignore=_GONE)
+            with contextlib.closing(rtnetlink.RouteSocket()) as route:
+                route.transact(rtnetlink.doom_batch(slots), ignore=_GONE)
+                # Whoever else has doomed links at the same time finds them gone when his turn comes.
+                route.transact(rtnetlink.delete_doomed_batch(), ignore=_GONE)
 
     def _unname_all(self, names: Iterable[tuple[int, str]]) -> None:
         try:

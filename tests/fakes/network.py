@@ -12,9 +12,15 @@ from netnsd.errors import KernelError, NetnsTaken
 
 
 class FakeNetwork:
-    """Implements ``core.interfaces.Network``. ``foreign`` are namespaces' names that others made."""
+    """Implements ``core.interfaces.Network``.
+
+    ``foreign`` are namespaces' names that others made; ``left`` are names of ours that outlived their slot, by which
+    nobody finds it any more. ``everywhere`` listens in every namespace, beside what ``listen`` put in one.
+    """
 
     def __init__(self) -> None:
+        self.left: set[str] = set()
+        self.everywhere: set[Listener] = set()
         self.slots: dict[int, str | None] = {}
         self.second_names: set[tuple[int, str]] = set()
         self.foreign: set[str] = set()
@@ -44,13 +50,16 @@ class FakeNetwork:
 
     async def unname(self, slot: Slot, netns: str) -> None:
         await trio.lowlevel.checkpoint()
+        if self.slots.get(slot.index) == netns:  # another that it has is its name again
+            others = sorted(name for index, name in self.second_names if index == slot.index)
+            self.slots[slot.index] = others[0] if others else None
+            netns = others[0] if others else netns
         self.second_names.discard((slot.index, netns))
 
     async def tidy(self, slots: Sequence[tuple[Slot, str]]) -> None:
         await trio.lowlevel.checkpoint()
         for slot, netns in slots:
-            names = {name for index, name in self.second_names if index == slot.index} | {self.slots.get(slot.index)}
-            if netns in names:
+            if netns in self._names(slot):
                 self.slots[slot.index] = netns
                 self.second_names = {pair for pair in self.second_names if pair[0] != slot.index}
 
@@ -62,7 +71,9 @@ class FakeNetwork:
 
     async def unwire(self, slots: Sequence[tuple[Slot, str | None]]) -> None:
         await trio.lowlevel.checkpoint()
-        for slot, _netns in slots:
+        for slot, netns in slots:
+            names = self._names(slot)
+            self.left |= names - {netns} if netns != "" else set()
             for held in (self.slots, self.furnished, self.heard):
                 held.pop(slot.index, None)
             self.second_names = {pair for pair in self.second_names if pair[0] != slot.index}
@@ -73,20 +84,24 @@ class FakeNetwork:
 
     async def intact(self, slot: Slot, netns: str) -> bool:
         await trio.lowlevel.checkpoint()
-        return self.slots.get(slot.index) == netns
+        return netns in self._names(slot)
 
     async def listeners(self, slot: Slot) -> frozenset[Listener]:
         await trio.lowlevel.checkpoint()
         self._require(slot, "listeners")
-        return frozenset(self.heard.get(slot.index, ()))
+        return frozenset(self.heard.get(slot.index, set()) | self.everywhere)
 
     def is_taken(self, netns: str) -> bool:
-        return (netns in self.foreign or netns in self.slots.values()
+        return (netns in self.foreign | self.left or netns in self.slots.values()
                 or netns in {name for _, name in self.second_names})
 
     def listen(self, slot: Slot, protocol: str, port: int, address: str = "0.0.0.0") -> None:
         """Be a server inside."""
         self.heard.setdefault(slot.index, set()).add(Listener(protocol, address, port))
+
+    def _names(self, slot: Slot) -> set[str]:
+        first = self.slots.get(slot.index)
+        return {name for index, name in self.second_names if index == slot.index} | ({first} if first else set())
 
     def _require(self, slot: Slot, stage: str) -> None:
         if slot.index not in self.slots:

@@ -92,6 +92,8 @@ class World:
             "ports": registry.published,
             "namespaces": dict(self.network.slots),
             "furnished": dict(self.network.furnished),
+            "second names": set(self.network.second_names),
+            "names left": set(self.network.left),
             "owners": set(self.firewall.owners),
             "published": dict(self.firewall.published),
             "cgroups": sorted(self.cgroups.groups),

@@ -258,7 +258,7 @@ async def test_what_a_killed_daemon_left_half_made_is_undone_and_the_rest_is_kep
         kept = await environments.create(request("kept", "server", ports=1), ALICE)
         half = await environments.create(request("half", "server", ports=1), ALICE)
         lost = await environments.create(request("lost", "server", ports=1), ALICE)
-        environments._set_state(half, "creating")
+        world.store.set_state(half.id, "creating")
         world.network.slots.pop(lost.slot.index)
         world.network.slots[99] = "orphan"
         await world.cgroups.create("nd98/s-x")
