@@ -58,7 +58,7 @@ class Admission:
             self._pass_on()
 
     async def _wait(self, uid: int) -> None:
-        line = self._lines.setdefault(uid, deque())
+        line = self._lines.get(uid, deque())
         if len(line) >= self._most_waiting:
             self.refused += 1
             raise Overloaded(f"{len(line)} creations of yours wait already",
@@ -66,6 +66,7 @@ class Admission:
                              waiting=len(line), retry_after_seconds=_RETRY_SECONDS)
         turn = trio.Event()
         line.append(turn)
+        self._lines[uid] = line  # a line that nobody stands in is never among them
         try:
             await turn.wait()
         except trio.Cancelled:

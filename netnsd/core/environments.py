@@ -27,7 +27,7 @@ from netnsd.core.allocation import SlotAllocator
 from netnsd.core.batch import Batcher
 from netnsd.core.environment import Environment
 from netnsd.core.interfaces import Cgroups, Clock, Files, Firewall, Network, Opening, Processes, Publication, Store
-from netnsd.core.pool import Pool, SlotSpoilt
+from netnsd.core.pool import Pool, SlotSpoilt, messages
 from netnsd.core.quiet import Quiet
 from netnsd.core.registry import Blueprint, Registry, Settings
 from netnsd.core.supervisor import Supervisor, group_of
@@ -72,6 +72,7 @@ class Environments:
         self._emit = emit
         self._locks: dict[str, trio.Lock] = {}
         self._furnished: set[str] = set()
+        self._untidy: set[str] = set()  # have a name in /run/netns beside their own
         self._unsettled: deque[Environment] = deque()
         self._has_unsettled = trio.Event()
         self._quiet = Quiet()
@@ -145,7 +146,7 @@ class Environments:
             try:
                 await step()
             except (NetnsdError, ExceptionGroup) as error:
-                self._emit("orphan_left", 0, "", "", reason="; ".join(_messages(error)))
+                self._emit("orphan_left", 0, "", "", reason="; ".join(messages(error)))
 
     async def _observe(self, desired: list[Environment]) -> reconcile.Observed:
         running, exited = await self._a.processes.known()
@@ -235,37 +236,39 @@ class Environments:
         blueprint = replace(Blueprint.of(request, actor, self.settings), stock=template)
         return await self._make(blueprint, actor, self._plan.slot(self._slots.take()), is_warm=False)
 
-    async def hand_over(self, environment: Environment, request: wire.CreateRequest) -> Environment:
+    async def hand_over(self, environment: Environment, name: str, labels: dict[str, str]) -> Environment:
         """Give an environment of the stock its name and labels: its owner has it then, as if just created.
 
-        Its id, address and ports stay, and what its servers know of themselves. Raises NameTaken, NetnsTaken and
-        InvalidName, and it stays in stock; WrongState and KernelError where it is no good.
+        Its id, address and ports stay, and what its servers know of themselves. Raises NameTaken and NetnsTaken, and
+        it stays in stock; WrongState, NotFound and KernelError where it is no good.
         """
         with self._quiet.disturbed():
             async with self._ready(environment):
-                name = specification.name_of(request)
                 old, new = environment.netns, self.registry.free_netns(name, environment.uid, environment.user)
-                await self._a.network.claim(environment.slot, new)
                 try:
-                    self.registry.hand_over(environment, name, new, specification.check_labels(request.labels))
+                    await self._a.network.claim(environment.slot, new)
+                    self._waits.require(environment)  # it may have been removed meanwhile
+                    self.registry.hand_over(environment, name, new, labels)
                 except BaseException:
-                    with trio.CancelScope(shield=True):
-                        await self._a.network.unname(environment.slot, new)
+                    await self._unname(environment, new)
                     raise
-                with trio.CancelScope(shield=True):
-                    await self._forget_name(environment, old)
-                self._a.files.furnish(environment)
+                await self._unname(environment, old)
+                self.registry.free(old)
+                try:
+                    self._a.files.furnish(environment)
+                except NetnsdError as error:  # it is done again when something is started there
+                    self._tell("furnish_failed", environment, reason=error.message)
         self._supervisor.pulse()
         self._tell("created", environment)
         return environment
 
-    async def _forget_name(self, environment: Environment, netns: str) -> None:
+    async def _unname(self, environment: Environment, netns: str) -> None:
         try:
-            await self._a.network.unname(environment.slot, netns)
-        except NetnsdError as error:  # the next start finds it
+            with trio.CancelScope(shield=True):
+                await self._a.network.unname(environment.slot, netns)
+        except NetnsdError as error:  # its end finds it, or the next start
+            self._untidy.add(environment.id)
             self._tell("furnish_failed", environment, reason=error.message)
-        else:
-            self.registry.free(netns)
 
     async def _make(self, blueprint: Blueprint, actor: Actor, slot: Slot, *, is_warm: bool) -> Environment:
         try:
@@ -492,11 +495,12 @@ class Environments:
             except ExceptionGroup:  # another's of the same batch, perhaps
                 await self._reap([doomed])
         except (NetnsdError, ExceptionGroup) as error:
-            failures.extend(_messages(error))
+            failures.extend(messages(error))
         if failures:
             raise KernelError(f"{environment.name!r} could not be removed whole: {'; '.join(failures)}",
                               hint="It is tried again every minute.", failures=failures)
         self._furnished.discard(environment.id)
+        self._untidy.discard(environment.id)
         self._locks.pop(environment.id, None)
         self._supervisor.forget(environment)
         self._tell("removed", environment)
@@ -505,7 +509,9 @@ class Environments:
         """Remove what the kernel has of many environments at once, and forget those of which that was the last."""
         environments = [one.environment for one in doomed]
         errors: list[Exception] = []
+        untidy = [(e.slot, e.netns) for e in environments if e.id in self._untidy]
         for step in (partial(self._a.firewall.close, [_opening(e) for e in environments]),
+                     *([partial(self._a.network.tidy, untidy)] if untidy else ()),
                      partial(self._a.network.unwire, [(e.slot, e.netns) for e in environments])):
             try:
                 await step()
@@ -569,9 +575,3 @@ class _Turn:
 def _opening(environment: Environment) -> Opening:
     return Opening(environment.slot.address, environment.uid,
                    tuple(Publication(p.protocol, p.published, p.port) for p in environment.ports))
-
-
-def _messages(error: Exception) -> list[str]:
-    if isinstance(error, ExceptionGroup):
-        return [message for part in error.exceptions for message in _messages(part)]
-    return [str(error)]

@@ -55,6 +55,8 @@ class Pool:
         self._quiet = quiet
         self._tell = tell
         self._ready: deque[Slot] = deque()
+        # On their way out. They keep their indexes until the kernel has let go of them.
+        self._leaving: list[Slot] = []
         self._asked: deque[float] = deque(maxlen=max(settings.most, 1))
         self._changed = trio.Event()
         self.size = settings.size
@@ -106,15 +108,16 @@ class Pool:
             self._changed = trio.Event()
             pause = _RECENT_SECONDS if self.target > self.size else float("inf")
             try:
-                if len(self._ready) > self.target:
+                if self._leaving or len(self._ready) > self.target:
                     await self._remove(len(self._ready) - self.target)
-                elif len(self._ready) < self.target:
+                    continue
+                if len(self._ready) < self.target:
                     await self._quiet.wait()
                     await self._add()
                     await trio.sleep(1 / self._settings.rate)
                     continue
             except (NetnsdError, ExceptionGroup) as error:
-                self._stuck(str(error))
+                self._stuck("; ".join(messages(error)))
                 pause = _AGAIN_SECONDS
                 await trio.sleep(0.1)
             with trio.move_on_after(pause):
@@ -129,21 +132,21 @@ class Pool:
         try:
             await self._network.prepare(slot)
         except BaseException:
+            self._leaving.append(slot)
             with trio.CancelScope(shield=True):
-                await self._give_up([slot])
+                await self._remove(0)
             raise
         self._ready.append(slot)
         self.reason = ""
 
     async def _remove(self, count: int) -> None:
-        doomed = [self._ready.pop() for _ in range(min(count, len(self._ready)))]
-        if doomed:
-            await self._give_up(doomed)
-
-    async def _give_up(self, slots: list[Slot]) -> None:
-        """What cannot be removed keeps its index: the next start finds it."""
-        await self._network.unwire([(slot, None) for slot in slots])
+        """Remove so many that are ready, and what could not be removed before."""
+        self._leaving += [self._ready.pop() for _ in range(min(count, len(self._ready)))]
+        slots = list(self._leaving)
+        if slots:
+            await self._network.unwire([(slot, None) for slot in slots])
         for slot in slots:
+            self._leaving.remove(slot)
             self._slots.release(slot.index)
 
     def _stuck(self, reason: str) -> None:
@@ -153,3 +156,10 @@ class Pool:
 
     def _pulse(self) -> None:
         self._changed.set()
+
+
+def messages(error: Exception) -> list[str]:
+    """What an error says, or each that a group of them has."""
+    if isinstance(error, ExceptionGroup):
+        return [message for part in error.exceptions for message in messages(part)]
+    return [str(error)]

@@ -186,8 +186,7 @@ class Registry:
         if (environment.uid, name) in self._by_name:
             raise NameTaken(f"you have an environment {name!r} already",
                             hint="Choose another name, remove it, or pass --replace.", name=name)
-        changed = replace(environment, name=name, netns=netns, labels={**environment.labels, **labels}, stock="",
-                          created_at=self._clock.now())
+        changed = replace(environment, name=name, netns=netns, labels=labels, stock="", created_at=self._clock.now())
         with self._store.transaction():
             self._store.rename(changed)
         for field_name in ("name", "netns", "labels", "stock", "created_at"):

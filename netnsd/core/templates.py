@@ -6,6 +6,7 @@ daemon as every environment does; nobody sees it until it is handed over.
 
 from __future__ import annotations
 
+import math
 import uuid
 from collections.abc import Awaitable, Callable
 from typing import TYPE_CHECKING
@@ -27,6 +28,7 @@ MOST_WARM = 64
 MOST_TEMPLATES = 100
 _READY_SECONDS = 60.0
 _FIRST_AGAIN_SECONDS, _LONGEST_AGAIN_SECONDS = 1.0, 60.0
+_CALM_SECONDS = 2 * (_READY_SECONDS + _LONGEST_AGAIN_SECONDS)
 
 # Who a user is now, with the groups that a login would give; None where there is no such account any more.
 Account = Callable[[int], Awaitable["Actor | None"]]
@@ -40,6 +42,7 @@ class Stock:
         self.claimed = 0
         self.missed = 0
         self.reason = ""
+        self.troubled, self.pause = -math.inf, _FIRST_AGAIN_SECONDS
         self.scope = trio.CancelScope()
         self.ended = trio.Event()
 
@@ -139,23 +142,26 @@ class Templates:
         if template.uid != actor.uid:
             raise NotFound(f"you have no template {template.name!r}", hint="A template is for its own user alone.")
         _check_bare(request)
+        labels = specification.check_labels({**template.specification.labels, **request.labels})
+        name = specification.name_of(request)
+        await self._environments.make_way(request, actor)
         while (environment := self._take(template)) is not None:
             try:
-                await self._environments.make_way(request, actor)
-                return await self._environments.hand_over(environment, request)
+                return await self._environments.hand_over(environment, name, labels)
             except (WrongState, NotFound, KernelError):
                 self._environments.remove_behind(environment)
             except BaseException:
-                if template.id in self._stocks:
-                    self._stocks[template.id].ready.insert(0, environment)
+                if environment.stock in self._stocks:
+                    self._stocks[environment.stock].ready.insert(0, environment)
                 raise
-        labels = {**template.specification.labels, **request.labels}
         return await self._environments.create(msgspec.structs.replace(
-            _created(template.specification), name=request.name, labels=labels, replace=request.replace), actor)
+            _created(template.specification), name=name, labels=labels, replace=request.replace), actor)
 
     def _take(self, template: Template) -> Environment | None:
         """One of the stock that still runs, for the caller alone."""
-        stock = self._stocks[template.id]
+        stock = self._stocks.get(template.id)
+        if stock is None:  # the template was removed meanwhile
+            return None
         while stock.ready:
             environment = stock.ready.pop(0)
             if _is_good(environment):
@@ -187,24 +193,25 @@ class Templates:
 
     async def _keep(self, template: Template, stock: Stock) -> None:
         """Keep as many ready as the template says; what ended by itself is removed, and another made."""
-        pause = _FIRST_AGAIN_SECONDS
         with stock.scope:
             stock.ready.extend(self._found(template))
             while True:
-                for environment in [e for e in stock.ready if not _is_good(e)]:
+                ended = [e for e in stock.ready if not _is_good(e)]
+                for environment in ended:
                     stock.ready.remove(environment)
                     self._environments.remove_behind(environment)
+                if ended:
+                    await self._trouble(template, stock, "a server in stock ended by itself")
+                    continue
                 if len(stock.ready) >= template.warm:
                     await self._environments.changed()
                     continue
                 try:
                     stock.ready.append(await self._made(template))
                 except NetnsdError as error:
-                    self._stuck(template, stock, error.message)
-                    await trio.sleep(pause)
-                    pause = min(2 * pause, _LONGEST_AGAIN_SECONDS)
+                    await self._trouble(template, stock, error.message)
                 else:
-                    stock.reason, pause = "", _FIRST_AGAIN_SECONDS
+                    stock.reason = ""
 
     def _found(self, template: Template) -> list[Environment]:
         """What an earlier run of the daemon left in stock; what was not ready yet goes."""
@@ -227,10 +234,16 @@ class Templates:
             raise
         return environment
 
-    def _stuck(self, template: Template, stock: Stock, reason: str) -> None:
+    async def _trouble(self, template: Template, stock: Stock, reason: str) -> None:
+        """Say why once, and wait: longer each time, until nothing went wrong for a while."""
         if reason != stock.reason:
             stock.reason = reason
             self._emit("template_stuck", template.uid, "", template.name, reason=reason)
+        now = trio.current_time()
+        is_another = now - stock.troubled > _CALM_SECONDS
+        stock.pause = _FIRST_AGAIN_SECONDS if is_another else min(2 * stock.pause, _LONGEST_AGAIN_SECONDS)
+        stock.troubled = now
+        await trio.sleep(stock.pause)
 
     def _shown(self, template: Template) -> wire.Template:
         stock = self._stocks[template.id]

@@ -45,6 +45,7 @@ class KernelNetwork:
         self._pins = runtime / "slots"
         self._bridges = bridges.Bridges(mtu_bytes)
         self._route: rtnetlink.RouteSocket | None = None
+        self._has_ipv6 = os.path.exists("/proc/sys/net/ipv6")
         # A deletion waits 10 ms and more at its end for grace periods of RCU, in which the next can begin.
         self._removals = trio.CapacityLimiter(REMOVALS_AT_ONCE)
 
@@ -158,12 +159,12 @@ class KernelNetwork:
                 own = namespace_thread.open_own()
                 try:
                     undo.callback(self._unlink_from_host, slot)
-                    self._route.transact(rtnetlink.host_batch(slot, own))
+                    self._route.transact(rtnetlink.host_batch(slot, own, has_ipv6=self._has_ipv6))
                 finally:
                     os.close(own)
                 inside = rtnetlink.RouteSocket()
                 try:
-                    inside.transact(rtnetlink.inside_batch(slot))
+                    inside.transact(rtnetlink.inside_batch(slot, has_ipv6=self._has_ipv6))
                 finally:
                     inside.close()
                 stage = "carrier"

@@ -29,6 +29,7 @@ _IFF_UP = 0x1
 (_IFLA_ADDRESS, _IFLA_IFNAME, _IFLA_MTU, _IFLA_MASTER, _IFLA_LINKINFO, _IFLA_IFALIAS, _IFLA_GROUP,
  _IFLA_NET_NS_FD, _IFLA_NUM_TX_QUEUES, _IFLA_NUM_RX_QUEUES) = 1, 3, 4, 10, 18, 20, 27, 28, 31, 32
 _IFLA_INFO_KIND, _IFLA_INFO_DATA, _IFLA_INFO_SLAVE_KIND, _IFLA_INFO_SLAVE_DATA = 1, 2, 4, 5
+_IFLA_AF_SPEC, _IFLA_INET6_ADDR_GEN_MODE, _IN6_ADDR_GEN_MODE_NONE = 26, 8, 1
 _VETH_INFO_PEER = 1
 _IFLA_BRPORT_ISOLATED = 33
 _IFA_ADDRESS, _IFA_LOCAL = 1, 2
@@ -121,10 +122,11 @@ class RouteSocket:
         return failure
 
 
-def host_batch(slot: Slot, netns_fd: int) -> Batch:
+def host_batch(slot: Slot, netns_fd: int, *, has_ipv6: bool) -> Batch:
     """The host's side of a slot: veth with its peer born in the namespace, an isolated and up bridge port, a neighbour.
 
-    The peer cannot be born up (ENOTCONN), so ``inside_batch`` does that.
+    The peer cannot be born up (ENOTCONN), so ``inside_batch`` does that. ``has_ipv6``: whether the kernel knows IPv6;
+    a port of a bridge needs no address of it.
     """
     batch = Batch()
     # A veth has a queue per CPU by default, and each queue its directories in sysfs; the queues are without locks, and
@@ -151,6 +153,7 @@ def host_batch(slot: Slot, netns_fd: int) -> Batch:
     batch.add("isolate", _message(
         _RTM_NEWLINK, 0, _IFINFO.pack(0, 0, slot.port_ifindex, 0, 0),
         _text(_IFLA_IFALIAS, LINK_ALIAS),
+        _NO_LINK_LOCAL if has_ipv6 else b"",
         _attribute(_IFLA_LINKINFO, _text(_IFLA_INFO_SLAVE_KIND, "bridge")
                    + _attribute(_IFLA_INFO_SLAVE_DATA, _attribute(_IFLA_BRPORT_ISOLATED, b"\x01"))),
     ))
@@ -158,9 +161,11 @@ def host_batch(slot: Slot, netns_fd: int) -> Batch:
     return batch
 
 
-def inside_batch(slot: Slot) -> Batch:
+def inside_batch(slot: Slot, *, has_ipv6: bool) -> Batch:
     """The namespace's side: loopback and eth0 up, a /32 address, and an onlink default route by the bridge."""
     batch = Batch()
+    if has_ipv6:
+        batch.add("link-local", _message(_RTM_NEWLINK, 0, _IFINFO.pack(0, 0, INSIDE_IFINDEX, 0, 0), _NO_LINK_LOCAL))
     batch.add("loopback", _message(_RTM_NEWLINK, 0, _IFINFO.pack(0, 0, 1, _IFF_UP, _IFF_UP)))
     batch.add("eth0", _message(_RTM_NEWLINK, 0, _IFINFO.pack(0, 0, INSIDE_IFINDEX, _IFF_UP, _IFF_UP)))
     address = IPv4Address(slot.address).packed
@@ -215,4 +220,10 @@ def _text(kind: int, value: str) -> bytes:
 
 def _number(kind: int, value: int) -> bytes:
     return _attribute(kind, _U32.pack(value))
+
+
+# A link gets an address of IPv6 as soon as it has a carrier, and routes, all of which the kernel walks through when the
+# next link comes up: at 2000 links that takes longer than all else, with the lock held that creating needs.
+_NO_LINK_LOCAL = _attribute(_IFLA_AF_SPEC, _attribute(socket.AF_INET6, _attribute(
+    _IFLA_INET6_ADDR_GEN_MODE, bytes([_IN6_ADDR_GEN_MODE_NONE]))))
 

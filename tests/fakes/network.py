@@ -59,8 +59,8 @@ class FakeNetwork:
     async def tidy(self, slots: Sequence[tuple[Slot, str]]) -> None:
         await trio.lowlevel.checkpoint()
         for slot, netns in slots:
-            if netns in self._names(slot):
-                self.slots[slot.index] = netns
+            if slot.index in self.slots:
+                self.slots[slot.index] = netns if netns in self._names(slot) else None
                 self.second_names = {pair for pair in self.second_names if pair[0] != slot.index}
 
     async def furnish(self, slot: Slot, publications: Sequence[Publication]) -> None:

@@ -19,6 +19,7 @@ from netnsd.kernel import rtnetlink
 REQUEST, ACK, REPLACE, EXCL, CREATE = 0x1, 0x4, 0x100, 0x200, 0x400
 KINDS = {16: ("newlink", ifinfmsg), 17: ("dellink", ifinfmsg), 20: ("newaddr", ifaddrmsg), 24: ("newroute", rtmsg),
          28: ("newneigh", ndmsg), 29: ("delneigh", ndmsg)}
+NO_LINK_LOCAL = {"IFLA_AF_SPEC": {"AF_INET6": {"IFLA_INET6_ADDR_GEN_MODE": 1}}}
 SLOTS = [Plan("10.203.0.0/16", 250).slot(index) for index in (0, 251, 65_000 * 250 // 256)]
 
 
@@ -45,8 +46,9 @@ def plain(parsed: Any) -> Any:
 
 
 @pytest.mark.parametrize("slot", SLOTS, ids=lambda slot: slot.port_name)
-def test_host_batch(slot: Any) -> None:
-    batch = rtnetlink.host_batch(slot, 77)
+@pytest.mark.parametrize("has_ipv6", [True, False])
+def test_host_batch(slot: Any, has_ipv6: bool) -> None:
+    batch = rtnetlink.host_batch(slot, 77, has_ipv6=has_ipv6)
     assert batch.stages == ["veth", "isolate", "neighbour"]
     veth, isolate, neighbour = map(decoded, batch.messages)
     assert veth == ("newlink", CREATE | EXCL, {
@@ -57,7 +59,7 @@ def test_host_batch(slot: Any) -> None:
             "index": 2, "IFLA_IFNAME": "eth0", "IFLA_NUM_TX_QUEUES": 1, "IFLA_NUM_RX_QUEUES": 1,
             "IFLA_NET_NS_FD": 77, "IFLA_ADDRESS": slot.mac.hex(":")}}}})
     assert isolate == ("newlink", 0, {
-        "index": slot.port_ifindex, "IFLA_IFALIAS": rtnetlink.LINK_ALIAS,
+        "index": slot.port_ifindex, "IFLA_IFALIAS": rtnetlink.LINK_ALIAS, **(NO_LINK_LOCAL if has_ipv6 else {}),
         "IFLA_LINKINFO": {"IFLA_INFO_SLAVE_KIND": "bridge", "IFLA_INFO_SLAVE_DATA": {"IFLA_BRPORT_ISOLATED": 1}}})
     assert neighbour == ("newneigh", CREATE | REPLACE, {
         "family": socket.AF_INET, "ifindex": slot.bridge.ifindex, "state": 0x80, "ndm_type": 1,
@@ -65,10 +67,12 @@ def test_host_batch(slot: Any) -> None:
 
 
 @pytest.mark.parametrize("slot", SLOTS, ids=lambda slot: slot.port_name)
-def test_inside_batch(slot: Any) -> None:
-    batch = rtnetlink.inside_batch(slot)
-    assert batch.stages == ["loopback", "eth0", "address", "route"]
-    loopback, eth0, address, route = map(decoded, batch.messages)
+@pytest.mark.parametrize("has_ipv6", [True, False])
+def test_inside_batch(slot: Any, has_ipv6: bool) -> None:
+    batch = rtnetlink.inside_batch(slot, has_ipv6=has_ipv6)
+    assert batch.stages == ["link-local"] * has_ipv6 + ["loopback", "eth0", "address", "route"]
+    *link_local, loopback, eth0, address, route = map(decoded, batch.messages)
+    assert link_local == [("newlink", 0, {"index": 2, **NO_LINK_LOCAL})] * has_ipv6
     assert loopback == ("newlink", 0, {"index": 1, "flags": 1, "change": 1})
     assert eth0 == ("newlink", 0, {"index": 2, "flags": 1, "change": 1})
     assert address == ("newaddr", CREATE, {"family": socket.AF_INET, "prefixlen": 32, "index": 2,
