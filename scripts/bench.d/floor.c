@@ -2,7 +2,8 @@
 // a network namespace that is pinned by a bind mount on tmpfs, a veth pair whose peer is born in it, the host's end up
 // and isolated on a bridge, and inside loopback, link, address and default route.
 //
-// usage: floor COUNT, in network and mount namespaces that are thrown away afterwards. Prints JSON, in microseconds:
+// usage: floor COUNT [PAUSE_MS], in network and mount namespaces that are thrown away afterwards; the pause, in
+// milliseconds, is made before each and not counted. Prints JSON, in microseconds:
 // {"create": [one number per environment], "delete": all of them at once, by their group, per environment}
 #define _GNU_SOURCE
 #include <arpa/inet.h>
@@ -195,8 +196,9 @@ static double microseconds(void) {
 }
 
 int main(int argc, char **argv) {
-    int count = argc == 2 ? atoi(argv[1]) : 0;
-    if (count < 1 || count > 1000) errx(2, "usage: floor COUNT, from 1 to 1000, the ports that a bridge takes");
+    int count = argc > 1 ? atoi(argv[1]) : 0, pause_ms = argc > 2 ? atoi(argv[2]) : 0;
+    if (argc > 3 || count < 1 || count > 1000 || pause_ms < 0)
+        errx(2, "usage: floor COUNT [PAUSE_MS], COUNT from 1 to 1000, the ports that a bridge takes");
     static struct batch b;
     int home = open(OWN, O_RDONLY | O_CLOEXEC), host = route_socket();
     mkdir(PINS, 0755);
@@ -204,6 +206,7 @@ int main(int argc, char **argv) {
     add_bridge(&b, host);
     printf("{\"create\": [");
     for (int i = 0; i < count; i++) {
+        if (pause_ms) usleep(1000 * (useconds_t)pause_ms);
         double start = microseconds();
         create(&b, host, i);
         printf("%s%.1f", i ? ", " : "", microseconds() - start);
