@@ -164,9 +164,12 @@ async def _remove_many(call: Call) -> wire.Removal | Accepted:
     chosen: dict[str, Environment] = {}
     for ref in refs:
         try:
-            chosen[ref] = service.registry.find(ref, call.actor)
+            found = service.registry.find(ref, call.actor)
         except NotFound as error:
             failed.append(_failure(ref, error))
+        else:
+            if not any(found is other for other in chosen.values()):  # by name and by id, say
+                chosen[ref] = found
     if not refs:
         chosen = {e.name: e for e in service.registry.visible(call.actor, everyones=False, labels=labels)}
     if not call.flag("wait", default=True):

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import importlib
 import itertools
-import os
 import sys
 from collections.abc import Sequence
 from typing import Any
@@ -13,12 +12,10 @@ import click
 from click.exceptions import Exit, NoArgsIsHelpError
 
 import netnsd
-from netnsd.client.session import OUTPUTS, Session, flush_output, session_of
+from netnsd.client.session import OUTPUTS, Session, guarded, interrupted, io_failed, session_of
 from netnsd.errors import InvalidRequest, NetnsdError
 
 PROGRAM = "netnsctl"
-EXIT_INTERRUPTED = 130
-EXIT_BROKEN_PIPE = 141
 EXIT_EXEC_FAILED = 125
 
 # Verb: the module of netnsd.client that has it. A listing pays for its own verb alone.
@@ -33,6 +30,8 @@ _VERBS = {
     "restart": "lifecycle",
     "rm": "removing",
     "wait": "lifecycle",
+    "template": "templates",
+    "pool": "pools",
     "info": "host",
     "doctor": "host",
     "completion": "host",
@@ -119,6 +118,19 @@ class CommandVerb(Verb):
         return len(args)
 
 
+class VerbGroup(click.Group):
+    """Verbs of one noun, such as ``template add``. It takes the global options too."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        kwargs["context_settings"] = {"help_option_names": ["-h", "--help"]}
+        super().__init__(*args, **kwargs)
+        self.params.extend(global_options())
+
+    def list_commands(self, ctx: click.Context) -> list[str]:  # noqa: ARG002 - as click calls it
+        """Its verbs, in the order in which they were added."""
+        return list(self.commands)
+
+
 class Netnsctl(click.Group):
     """The group. ``main`` prints every failure as one line with a hint, and picks the exit code."""
 
@@ -145,14 +157,7 @@ class Netnsctl(click.Group):
 
     def _run(self, args: list[str], complete_var: str | None, extra: dict[str, Any]) -> int:
         session = extra.setdefault("obj", Session())
-        if hasattr(sys.stdout, "reconfigure"):
-            sys.stdout.reconfigure(errors="backslashreplace")
-        try:
-            code = self._invoke(args, complete_var, extra, session)
-            flush_output()
-        except OSError as error:
-            return _io_failed(error, session)
-        return code
+        return guarded(session, lambda: self._invoke(args, complete_var, extra, session))
 
     def _invoke(self, args: list[str], complete_var: str | None, extra: dict[str, Any], session: Session) -> int:
         try:
@@ -164,14 +169,8 @@ class Netnsctl(click.Group):
             session.output = session.output or _asked_output(args)
             session.fail(_usage(error))
             return EXIT_EXEC_FAILED if error.ctx and error.ctx.command.name == "exec" else error.exit_code
-        except NetnsdError as error:
-            session.fail(error)
-            return error.exit_code
-        except (click.Abort, KeyboardInterrupt):
-            # The terminal has shown ^C: the prompt gets a line of its own.
-            if sys.stderr is not None and sys.stderr.isatty():
-                click.echo(err=True)
-            return EXIT_INTERRUPTED
+        except click.Abort:
+            return interrupted()
         return code if isinstance(code, int) else 0
 
     def invoke(self, ctx: click.Context) -> Any:
@@ -179,7 +178,7 @@ class Netnsctl(click.Group):
         try:
             return super().invoke(ctx)
         except BrokenPipeError as error:
-            raise Exit(_io_failed(error, session_of(ctx))) from None
+            raise Exit(io_failed(error, session_of(ctx))) from None
         except KeyboardInterrupt:
             raise click.Abort from None
 
@@ -195,19 +194,6 @@ def _asked_output(args: list[str]) -> str | None:
     asked = any(a in ("-ojson", "-o=json", "--output=json") for a in ours) or any(
         pair in (("-o", "json"), ("--output", "json")) for pair in itertools.pairwise(ours))
     return "json" if asked else None
-
-
-def _io_failed(error: OSError, session: Session) -> int:
-    """What could not be read or written: quiet where the reader has gone, which is no fault."""
-    # The interpreter flushes stdout once more at its end: let that go nowhere.
-    with open(os.devnull, "w") as nowhere:
-        if sys.stdout is sys.__stdout__ and sys.stdout is not None:
-            os.dup2(nowhere.fileno(), sys.stdout.fileno())
-    if isinstance(error, BrokenPipeError):
-        return EXIT_BROKEN_PIPE
-    where = f"{error.filename}: " if isinstance(error.filename, str) else ""
-    session.fail(NetnsdError(f"input or output failed: {where}{error.strerror or error}"))
-    return NetnsdError.exit_code
 
 
 cli = Netnsctl(

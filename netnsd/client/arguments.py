@@ -5,27 +5,36 @@ The same codes as the daemon's: InvalidPort, InvalidLabel, InvalidVariable, Inva
 
 from __future__ import annotations
 
-import math
 import os
-import string
-from collections.abc import Callable, Iterable
-from typing import Any
-
-import click
 
 from netnsd.client.session import Session, session_of
 from netnsd.errors import InvalidCommand, InvalidLabel, InvalidName, InvalidPort, InvalidVariable, NetnsdError
 
-_LABEL_KEY = frozenset(string.ascii_letters + string.digits + "._-/")
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterable
+    from typing import Any
+
+    import click
+
+_LABEL_KEY = frozenset("ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789._-/")
 
 
-def seconds(value: str | float) -> float:
-    """A finite number of seconds, 0 or more. Raises click's usage error."""
+def parse_seconds(value: str | float) -> float | None:
+    """A finite number of seconds, 0 or more; None where it is none."""
     try:
         number = float(value)
     except ValueError:
-        number = math.nan
-    if not math.isfinite(number) or number < 0:
+        return None
+    return number if 0 <= number < float("inf") else None
+
+
+def seconds(value: str | float) -> float:
+    """As ``parse_seconds``, for click. Raises its usage error."""
+    number = parse_seconds(value)
+    if number is None:
+        import click
+
         raise click.BadParameter(f"{value!r} is not a number of seconds.")
     return number
 
@@ -171,13 +180,22 @@ def check_command(command: list[str]) -> list[str]:
 
 def complete_refs(ctx: click.Context, _param: click.Parameter, incomplete: str) -> list[str]:
     """The caller's environments, for the shell's completion; none where the daemon does not answer."""
+    return _names(ctx, "environments", incomplete)
+
+
+def complete_templates(ctx: click.Context, _param: click.Parameter, incomplete: str) -> list[str]:
+    """The caller's templates, for the shell's completion; none where the daemon does not answer."""
+    return _names(ctx, "templates", incomplete)
+
+
+def _names(ctx: click.Context, what: str, incomplete: str) -> list[str]:
     from netnsd.client.transport import Client
 
     def keep_quiet(_message: str) -> None:
         """A completion has no place for warnings."""
 
     try:
-        found = Client(session_of(ctx).socket_path, keep_quiet).request("GET", "/v1/environments", None, 2.0)
-        return [e["name"] for e in found["environments"] if e["name"].startswith(incomplete)]
+        found = Client(session_of(ctx).socket_path, keep_quiet).request("GET", f"/v1/{what}", None, 2.0)
+        return [each["name"] for each in found[what] if each["name"].startswith(incomplete)]
     except (NetnsdError, KeyError, TypeError, AttributeError):
         return []

@@ -13,11 +13,20 @@ def main() -> int:
     """Run ``netnsctl`` with the process's arguments; returns its exit code."""
     sys.excepthook = _last_resort
     try:
-        from netnsd.client.app import run
-
-        return run(sys.argv[1:])
+        return _run(sys.argv[1:])
     except KeyboardInterrupt:
         return 130
+
+
+def _run(args: list[str]) -> int:
+    from netnsd.client import quick
+
+    code = quick.run(args)
+    if code is None:
+        from netnsd.client import app
+
+        code = app.run(args)
+    return code
 
 
 def _last_resort(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:

@@ -2,27 +2,30 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import click
 
-from netnsd.client import render
 from netnsd.client.app import CommandVerb
-from netnsd.client.arguments import (
-    check_command,
-    check_name,
-    circumstances,
-    directory,
-    parse_labels,
-    parse_ports,
-    parse_variables,
-    seconds,
-)
-from netnsd.client.lifecycle import wait_for
-from netnsd.client.session import Session, session_of
-from netnsd.errors import NetnsdError
+from netnsd.client.arguments import complete_templates, seconds
+from netnsd.client.creation import WAIT_SECONDS, create, misuse
+from netnsd.client.session import session_of
 
-WAIT_SECONDS = 60.0
+
+def specification_options(verb: Callable[..., Any]) -> Callable[..., Any]:
+    """The options that say what an environment is to be."""
+    for option in reversed((
+        click.option("-p", "--port", "ports", multiple=True, metavar="[PUBLISH:]PORT[/udp]",
+                     help="Publish a port on the host, at a free number or at PUBLISH; repeatable."),
+        click.option("-e", "--env", multiple=True, metavar="K=V", help="Set a variable; repeatable."),
+        click.option("--clean-env", is_flag=True, help="Only --env, not your own variables."),
+        click.option("--cwd", metavar="DIR", help="Run the command there (default: here)."),
+        click.option("-l", "--label", "labels", multiple=True, metavar="K=V", help="Attach a label; repeatable."),
+        click.option("--setuid", is_flag=True, help="Let set-uid programs such as sudo work in it."),
+    )):
+        verb = option(verb)
+    return verb
 
 
 @click.command("create", cls=CommandVerb, short_help="Make an environment and start its server.", epilog="""\b
@@ -31,52 +34,25 @@ Examples:
   netnsctl create web --port 20007:3000 --port 53/udp --wait -- ./server
   netnsctl create db --env PGDATA=/srv/db --cwd /srv --label team=shop -- postgres
   netnsctl create lab
-  netnsctl create web --replace -o name -- python3 -m http.server""")
+  netnsctl create web --replace -o name -- python3 -m http.server
+  netnsctl create worker --count 20 --label job=7 -- ./worker
+  netnsctl create web --template shop --wait""")
 @click.argument("name")
-@click.option("-p", "--port", "ports", multiple=True, metavar="[PUBLISH:]PORT[/udp]",
-              help="Publish a port on the host, at a free number or at PUBLISH; repeatable.")
-@click.option("-e", "--env", multiple=True, metavar="K=V", help="Set a variable; repeatable.")
-@click.option("--clean-env", is_flag=True, help="Only --env, not your own variables.")
-@click.option("--cwd", metavar="DIR", help="Run the command there (default: here).")
-@click.option("-l", "--label", "labels", multiple=True, metavar="K=V", help="Attach a label; repeatable.")
+@specification_options
+@click.option("--template", metavar="NAME", shell_complete=complete_templates,
+              help="Make what that template holds; one that is warm is there at once.")
+@click.option("--count", type=click.IntRange(min=1), metavar="N", help="So many, called NAME-1 to NAME-N: all or none.")
 @click.option("--wait", "waits", is_flag=True, help="Return when every port has a listener.")
 @click.option("--timeout", type=seconds, metavar="SECONDS", help=f"How long --wait waits (default: {WAIT_SECONDS:g}).")
 @click.option("--replace", is_flag=True, help="Remove your environment of that name first.")
-@click.option("--setuid", is_flag=True, help="Let set-uid programs such as sudo work in it.")
 @click.pass_context
-def create_verb(ctx: click.Context, /, name: str, waits: bool, timeout: float | None, **options: Any) -> None:
+def create_verb(ctx: click.Context, /, **options: Any) -> None:
     """Make an environment, and run COMMAND in it as you, from here, with your variables, umask and limits.
 
     Without a command the environment has no server; `netnsctl exec` runs things in it. An environment stays when
     --wait fails: `netnsctl logs NAME` tells why.
     """
-    session = session_of(ctx)
-    if timeout is not None and not waits:
-        raise click.UsageError("--timeout says how long --wait waits: pass both.", ctx)
-    request = _request(session, name, ctx.meta["netnsctl.command"], **options)
-    answer = session.client.request("POST", "/v1/environments", request)
-    environment = render.checked_environment(session.client, answer)
-    if waits:
-        environment = _ready(session, environment, WAIT_SECONDS if timeout is None else timeout)
-    render.emit(session, environment, lambda: render.summary(environment), [environment["name"]])
-
-
-def _request(session: Session, name: str, command: list[str], *, ports: tuple[str, ...], env: tuple[str, ...],
-             clean_env: bool, cwd: str | None, labels: tuple[str, ...], replace: bool, setuid: bool) -> dict[str, Any]:
-    request: dict[str, Any] = {"name": check_name(name), "ports": parse_ports(ports), "labels": parse_labels(labels),
-                               "replace": replace, "setuid": setuid}
-    if command:
-        return request | {"command": check_command(command)} | circumstances(session, env, clean_env, cwd)
-    if cwd is not None:
-        request["cwd"] = directory(cwd)
-    return request | {"env": parse_variables(env)}
-
-
-def _ready(session: Session, environment: dict[str, Any], limit: float) -> dict[str, Any]:
-    try:
-        return render.checked_environment(session.client, wait_for(session, environment["id"], "ready", limit))
-    except NetnsdError as error:
-        error.hint = error.hint or f"`netnsctl logs {environment['name']}` shows what it said."
-        raise
-
-
+    command = ctx.meta["netnsctl.command"]
+    if reason := misuse(command, options):
+        raise click.UsageError(reason, ctx)
+    create(session_of(ctx), command, **options)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from typing import Any
 
 import click
@@ -12,28 +11,10 @@ from netnsd.client.app import Verb
 from netnsd.client.arguments import complete_refs, seconds
 from netnsd.client.session import Session, printable, session_of
 from netnsd.client.transport import ANSWER_SECONDS, environment_path
-from netnsd.errors import EXIT_FAILURE, NotFound, WaitTimeout
+from netnsd.client.waiting import wait_for
+from netnsd.errors import EXIT_FAILURE, NotFound
 
 GRACE_SECONDS = 10.0
-# How much longer than its own limit an answer may take before we give up on the daemon.
-_MARGIN_SECONDS = 30.0
-
-
-def wait_for(session: Session, ref: str, condition: str, limit: float | None) -> Any:
-    """The daemon's answer once ``condition`` (ready, exit, gone) holds; ``limit`` (seconds) None waits for ever.
-
-    Raises WaitTimeout, WrongState, NotFound and the transport's errors.
-    """
-    margin = None if limit is None else limit + _MARGIN_SECONDS
-    path = environment_path(ref, "wait", **{"for": condition, "timeout": None if limit is None else f"{limit:g}"})
-    while True:
-        began = time.monotonic()
-        try:
-            return session.client.request("GET", path, None, margin)
-        except WaitTimeout:
-            # Nobody asked for a limit: this was the daemon's own, unless it does not wait at all.
-            if limit is not None or time.monotonic() - began < 1:
-                raise
 
 
 def _change(session: Session, ref: str, action: str, body: dict[str, Any]) -> None:

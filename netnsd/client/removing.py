@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable
-from functools import partial
 from typing import Any
 
 import click
@@ -12,27 +10,33 @@ import click
 from netnsd.client import render
 from netnsd.client.app import Verb
 from netnsd.client.arguments import complete_refs
-from netnsd.client.listing import list_environments
+from netnsd.client.overview import list_environments
 from netnsd.client.session import Session, printable, session_of
-from netnsd.client.transport import Exchange, environment_path
+from netnsd.client.transport import ANSWER_SECONDS, Exchange, check_ref, error_from, quote
 from netnsd.errors import NetnsdError, NotFound
 
-# Removals under way at once: the daemon removes in bulk, and caps a user's connections.
+# What one request names, percent-encoded: the daemon reads a path with its query of 8 KiB at most.
+_QUERY_BYTES = 8000
+# Requests under way at once: the daemon caps a user's connections.
 _AT_ONCE = 16
+# What an answer may take longer for each environment that it is about.
+_EACH_SECONDS = 0.5
 
 
 @click.command("rm", cls=Verb, epilog="""\b
 Examples:
   netnsctl rm web
-  netnsctl rm web db
+  netnsctl rm web db --no-wait
   netnsctl rm --all --yes
   netnsctl rm --all -l team=shop""")
 @click.argument("refs", nargs=-1, metavar="[REF]...", shell_complete=complete_refs)
 @click.option("--all", "everything", is_flag=True, help="All of your own.")
 @click.option("-l", "--label", "labels", multiple=True, metavar="K=V", help="With --all: only those with this label.")
 @click.option("-y", "--yes", is_flag=True, help="With --all: do not ask.")
+@click.option("--no-wait", is_flag=True, help="Return at once; they are removed behind.")
 @click.pass_context
-def rm_verb(ctx: click.Context, refs: tuple[str, ...], everything: bool, labels: tuple[str, ...], yes: bool) -> int:
+def rm_verb(ctx: click.Context, /, *, refs: tuple[str, ...], everything: bool, labels: tuple[str, ...], yes: bool,
+            no_wait: bool) -> int:
     """Remove environments: their processes, namespace, ports and logs. Returns when they are gone."""
     session = session_of(ctx)
     if everything == bool(refs):
@@ -50,8 +54,8 @@ def rm_verb(ctx: click.Context, refs: tuple[str, ...], everything: bool, labels:
             return 0
         # By id: a name may be somebody's next environment by then.
         chosen = [(e["name"], e["id"]) for e in found]
-    removed, code = _remove(session, chosen, everything)
-    text = "\n".join(f"removed {printable(name)}" for name in removed)
+    removed, code = _remove(session, chosen, not no_wait, gone_is_fine=everything)
+    text = "\n".join(f"{'removing' if no_wait else 'removed'} {printable(name)}" for name in removed)
     render.emit(session, {"removed": removed}, lambda: text, removed)
     return code
 
@@ -69,33 +73,65 @@ def _confirmed(names: list[str]) -> bool:
     return click.confirm(f"Remove {what} ({shown})?", err=True)
 
 
-def _remove(session: Session, chosen: list[tuple[str, str]], gone_is_fine: bool) -> tuple[list[str], int]:
+def _remove(session: Session, chosen: list[tuple[str, str]], waits: bool, *, gone_is_fine: bool,
+            ) -> tuple[list[str], int]:
     """Remove (name, ref) pairs; goes on after errors. Returns the removed names and the first failure's code."""
-    removed: list[str] = []
-    code = 0
+    failures: dict[str, NetnsdError] = {}
+    portions = _portions([ref for _, ref in chosen], failures)
+    for at in range(0, len(portions), _AT_ONCE):
+        under_way: list[tuple[list[str], Exchange]] = []
+        for refs in portions[at:at + _AT_ONCE]:
+            try:
+                under_way.append((refs, _begin(session, refs, waits)))
+            except NetnsdError as error:
+                failures |= dict.fromkeys(refs, error)
+        for refs, exchange in under_way:
+            try:
+                failures |= _failures(session, exchange.value())
+            except NetnsdError as error:
+                failures |= dict.fromkeys(refs, error)
+    if gone_is_fine:
+        failures = {ref: error for ref, error in failures.items() if not isinstance(error, NotFound)}
+    # What befell a whole request is one error of many refs, and said once.
+    failed = list({id(failures[ref]): failures[ref] for _, ref in chosen if ref in failures}.values())
+    for failure in failed:
+        session.fail(failure)
+    return [name for name, ref in chosen if ref not in failures], failed[0].exit_code if failed else 0
 
-    def step(action: Callable[[], Any]) -> Any:
-        nonlocal code
+
+def _portions(refs: list[str], failures: dict[str, NetnsdError]) -> list[list[str]]:
+    """Refs that fit in one request each; keeps why some are in none."""
+    portions: list[list[str]] = []
+    left = 0
+    for ref in refs:
         try:
-            return action()
-        except NetnsdError as error:
-            if gone_is_fine and isinstance(error, NotFound):
-                return {}
-            session.fail(error)
-            code = code or error.exit_code
-            return None
-
-    for at in range(0, len(chosen), _AT_ONCE):
-        under_way: list[tuple[str, Exchange]] = []
-        for name, ref in chosen[at:at + _AT_ONCE]:
-            exchange = step(partial(_begin, session, ref))
-            if exchange is not None:
-                under_way.append((name, exchange))
-        for name, exchange in under_way:
-            if step(exchange.value) is not None:
-                removed.append(name)
-    return removed, code
+            size = len("&ref=") + len(quote(check_ref(ref)))
+        except NotFound as error:
+            failures[ref] = error
+            continue
+        if size > left:
+            portions.append([])
+            left = _QUERY_BYTES
+        portions[-1].append(ref)
+        left -= size
+    return portions
 
 
-def _begin(session: Session, ref: str) -> Exchange:
-    return session.client.begin("DELETE", environment_path(ref))
+def _begin(session: Session, refs: list[str], waits: bool) -> Exchange:
+    query = "&".join([f"ref={quote(ref)}" for ref in refs] + ([] if waits else ["wait=0"]))
+    return session.client.begin("DELETE", f"/v1/environments?{query}", None,
+                                ANSWER_SECONDS + _EACH_SECONDS * len(refs))
+
+
+def _failures(session: Session, answer: Any) -> dict[str, NetnsdError]:
+    """What could not be removed, and why, by ref."""
+    failed = answer.get("failed") if isinstance(answer, dict) else None
+    if not isinstance(failed, list):
+        raise session.client.bad_answer("not what was removed")
+    failures = {}
+    for failure in failed:
+        error = error_from(failure)
+        if error is None or not isinstance(failure.get("ref"), str):
+            raise session.client.bad_answer("not what could not be removed")
+        failures[failure["ref"]] = error
+    return failures

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Callable, Sequence
-from datetime import UTC, datetime
-from typing import Any
 
-import click
-
-from netnsd.client.session import Session, printable
+from netnsd.client.session import Session, printable, write
 from netnsd.client.transport import Client
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from collections.abc import Callable, Sequence
+    from typing import Any
 
 _COLOURS = {"green": "32", "yellow": "33", "red": "31", "dim": "2", "bold": "1"}
 _STATE_COLOURS = {"running": "green", "creating": "yellow", "starting": "yellow", "removing": "red",
@@ -57,7 +57,7 @@ def emit(session: Session, value: Any, text: Callable[[], str], names: Sequence[
     else:
         shown = text()
     if shown:
-        click.echo(shown, color=True)
+        write(shown)
 
 
 def is_coloured() -> bool:
@@ -109,6 +109,8 @@ def fields(pairs: Sequence[tuple[str, str]]) -> str:
 
 def age(created_at: str) -> str:
     """How long ago, in one unit: 5s, 3m, 2h, 4d. An unreadable time is ``?``."""
+    from datetime import UTC, datetime
+
     try:
         created = datetime.fromisoformat(created_at)
     except ValueError:
@@ -158,6 +160,23 @@ def ref_name(environment: dict[str, Any], uid: int) -> str:
     """What the user ``uid`` calls it: a name of its own, NAME.USER for somebody else's."""
     name = str(environment["name"])
     return name if environment["owner"].get("uid") == uid else f"{name}.{user_name(environment)}"
+
+
+def overview(environments: list[dict[str, Any]], with_owner: bool) -> str:
+    """A table of environments."""
+    rows = [["NAME", "STATE", "ADDRESS", "PORTS", "SERVICES", "AGE"] + (["OWNER"] if with_owner else [])]
+    for e in environments:
+        row = [e["name"], e["state"], e["address"], ports(e) or "-", services(e) or "-", age(e["created_at"])]
+        rows.append(row + ([user_name(e)] if with_owner else []))
+
+    def colour(row: int, column: int) -> str:
+        environment = environments[row - 1]
+        if column == 1:
+            return state_colour(environment["state"])
+        failed = any(s["state"] == "exited" and s.get("exit_code") != 0 for s in environment["services"])
+        return "red" if column == 4 and failed else ""
+
+    return table(rows, colour)
 
 
 def summary(environment: dict[str, Any]) -> str:

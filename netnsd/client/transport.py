@@ -11,14 +11,21 @@ import json
 import os
 import socket
 import struct
-from collections.abc import Callable, Iterator
-from typing import Any, NoReturn
+import time
 
 import netnsd
-from netnsd.errors import BadAnswer, DaemonUnreachable, NetnsdError, NotFound, SocketForbidden
+from netnsd.errors import BadAnswer, DaemonUnreachable, NetnsdError, NotFound, Overloaded, SocketForbidden
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator
+    from typing import Any, NoReturn
 
 CONNECT_SECONDS = 30
 ANSWER_SECONDS = 120.0
+# How long a daemon that has too much to do is asked again, and not more often than that.
+PATIENCE_SECONDS = 30.0
+_LEAST_PAUSE_SECONDS = 0.1
 _HEAD_BYTES_MAX = 65536
 _UNRESERVED = frozenset(b"ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789-._~")
 
@@ -28,16 +35,27 @@ def quote(text: str) -> str:
     return "".join(chr(b) if b in _UNRESERVED else f"%{b:02X}" for b in text.encode("utf-8", "surrogateescape"))
 
 
-def environment_path(ref: str, *rest: str, **query: object) -> str:
-    """The path of an environment's route. Raises NotFound for what can be no name, NAME.USER or id.
+def check_ref(ref: str, what: str = "environment") -> str:
+    """What can be a name, NAME.USER or id. Raises NotFound for anything else.
 
     A slash or a dot segment would lead to another route.
     """
     if not ref or ref in (".", "..") or "/" in ref or not ref.isprintable():
-        raise NotFound(f"no environment {ref!r}", hint="`netnsctl ls` lists your environments.", ref=ref)
-    path = "/".join(("/v1/environments", quote(ref), *rest))
+        verb = "ls" if what == "environment" else f"{what} ls"
+        raise NotFound(f"no {what} {ref!r}", hint=f"`netnsctl {verb}` lists your {what}s.", ref=ref)
+    return ref
+
+
+def environment_path(ref: str, *rest: str, **query: object) -> str:
+    """The path of an environment's route. Raises NotFound for what can be no name, NAME.USER or id."""
+    path = "/".join(("/v1/environments", quote(check_ref(ref)), *rest))
     pairs = [f"{key}={quote(str(value))}" for key, value in query.items() if value is not None]
     return f"{path}?{'&'.join(pairs)}" if pairs else path
+
+
+def template_path(ref: str) -> str:
+    """The path of a template's route. Raises NotFound for what can be no name or id."""
+    return f"/v1/templates/{quote(check_ref(ref, 'template'))}"
 
 
 def connect(path: str) -> socket.socket:
@@ -111,6 +129,19 @@ class Client:
         """Send a request and return the answer's JSON value; ``seconds`` as for ``begin``."""
         return self.begin(method, path, body, seconds).value()
 
+    def request_patiently(self, method: str, path: str, body: object, patience: float = PATIENCE_SECONDS) -> Any:
+        """As ``request``; while the daemon is overloaded, ask again when it says, for ``patience`` seconds in all."""
+        give_up = time.monotonic() + patience
+        while True:
+            exchange = self.begin(method, path, body)
+            try:
+                return exchange.value()
+            except Overloaded:
+                pause = exchange.retry_after
+                if pause is None or time.monotonic() + pause > give_up:
+                    raise
+            time.sleep(max(pause, _LEAST_PAUSE_SECONDS))  # noqa: TID251  # no loop here, and the daemon said when
+
     def stream(self, path: str) -> Iterator[bytes]:
         """GET a body of bytes, piece by piece as they come."""
         return self.begin("GET", path, None, None).pieces()
@@ -160,9 +191,13 @@ class Client:
 
 
 class Exchange:
-    """A request that was sent, and its answer as it comes. Owns the connection and closes it at the answer's end."""
+    """A request that was sent, and its answer as it comes. Owns the connection and closes it at the answer's end.
+
+    ``retry_after``: in how many seconds the daemon wants to be asked again, where its answer says so.
+    """
 
     def __init__(self, client: Client, connection: socket.socket) -> None:
+        self.retry_after: float | None = None
         self._client = client
         self._connection = connection
         self._buffer = b""
@@ -210,6 +245,8 @@ class Exchange:
         if not protocol.startswith("HTTP/1.") or not rest[:3].isdecimal():
             self._client.not_a_netnsd()
         self._client.check_version(headers.get("netnsd-version"))
+        after = headers.get("retry-after", "")
+        self.retry_after = float(after) if after.isascii() and after.isdigit() else None
         return int(rest[:3]), headers
 
     def _body(self, headers: dict[str, str]) -> Iterator[bytes]:

@@ -27,7 +27,7 @@ from netnsd.core.allocation import SlotAllocator
 from netnsd.core.batch import Batcher
 from netnsd.core.environment import Environment
 from netnsd.core.interfaces import Cgroups, Clock, Files, Firewall, Network, Opening, Processes, Publication, Store
-from netnsd.core.pool import Pool, SlotSpoilt, messages
+from netnsd.core.pool import FIRST_SERVICE, Pool, SlotMaker, SlotSpoilt, messages
 from netnsd.core.quiet import Quiet
 from netnsd.core.registry import Blueprint, Registry, Settings
 from netnsd.core.supervisor import Supervisor, group_of
@@ -73,6 +73,7 @@ class Environments:
         self._locks: dict[str, trio.Lock] = {}
         self._furnished: set[str] = set()
         self._untidy: set[str] = set()  # have a name in /run/netns beside their own
+        self._attended: set[str] = set()
         self._unsettled: deque[Environment] = deque()
         self._has_unsettled = trio.Event()
         self._quiet = Quiet()
@@ -81,7 +82,7 @@ class Environments:
         self._slots = SlotAllocator(plan.slots)
         self.registry = Registry(settings, adapters.store, adapters.clock, self._slots,
                                  is_listening=adapters.firewall.is_listening, is_taken=adapters.network.is_taken)
-        self.pool = Pool(adapters.network, self._slots, plan, settings.pool, self._quiet,
+        self.pool = Pool(SlotMaker(adapters), self._slots, plan, settings.pool, self._quiet,
                          tell=lambda reason: emit("pool_stuck", 0, "", "", reason=reason))
         self.admission = Admission(AT_ONCE, settings.creations_waiting)
         self._waits = Waits(adapters.network, self.registry.__contains__, self._supervisor.changed)
@@ -101,13 +102,25 @@ class Environments:
             task_status.started()
 
     async def check(self) -> bool:
-        """Put the host's rules right, and try again what could not be removed. Returns whether rules were wrong."""
+        """Put the host's rules right, and try again what could not be removed, or lose a name.
+
+        Returns whether rules were wrong.
+        """
         was_wrong = await self._a.firewall.check()
         async with trio.open_nursery() as nursery:
             for environment in self.registry.all():
                 if environment.state == "removing" and not self._lock(environment.id).statistics().locked:
                     nursery.start_soon(self._remove_quietly, environment)
+                elif environment.id in self._untidy:
+                    nursery.start_soon(self._tidy, environment)
         return was_wrong
+
+    async def _tidy(self, environment: Environment) -> None:
+        async with self._lock(environment.id):
+            if environment.state == "ready":
+                with contextlib.suppress(NetnsdError):  # next time, then
+                    await self._a.network.tidy([(environment.slot, environment.netns)])
+                    self._untidy.discard(environment.id)
 
     async def _take_over(self) -> None:
         desired = self._a.store.environments()
@@ -157,7 +170,7 @@ class Environments:
             cgroups=frozenset(self._a.cgroups.observe()),
             files=frozenset(self._a.files.observe()),
             populated=frozenset((e.id, s) for e in desired for s in e.services
-                                if self._a.cgroups.populated(group_of(e, s))),
+                                if self._a.cgroups.populated(group_of(e.slot, s))),
             running={r.launch_id: r.pid for r in running},
             exited={x.launch_id: x.code for x in exited},
         )
@@ -266,7 +279,7 @@ class Environments:
         try:
             with trio.CancelScope(shield=True):
                 await self._a.network.unname(environment.slot, netns)
-        except NetnsdError as error:  # its end finds it, or the next start
+        except NetnsdError as error:  # a check takes it back, or the environment's end, or the next start
             self._untidy.add(environment.id)
             self._tell("furnish_failed", environment, reason=error.message)
 
@@ -300,7 +313,7 @@ class Environments:
         finally:
             lock.release()
         self._tell("created", environment)
-        if not environment.services:
+        if not environment.services or environment.id in self._attended:
             self._settle(environment)
         return environment
 
@@ -311,6 +324,8 @@ class Environments:
             raise SlotSpoilt(error.message) from error
         if not environment.ports:
             self._furnished.add(environment.id)
+        if FIRST_SERVICE not in environment.services:
+            self._attended.add(environment.id)
 
     async def _furnish(self, environment: Environment) -> None:
         if environment.id not in self._furnished:
@@ -335,7 +350,9 @@ class Environments:
             except StoreError as error:
                 self._emit("store_failed", 0, "", "", reason=error.message)
             while self._unsettled:
-                await self._furnish_behind(self._unsettled.popleft())
+                environment = self._unsettled.popleft()
+                await self._furnish_behind(environment)
+                await self._dismiss(environment)
 
     async def _furnish_behind(self, environment: Environment) -> None:
         """Furnish though nothing runs there yet. A failure shows when something is to run."""
@@ -348,6 +365,18 @@ class Environments:
                     await self._furnish(environment)
                 except NetnsdError as error:
                     self._tell("furnish_failed", environment, reason=error.message)
+
+    async def _dismiss(self, environment: Environment) -> None:
+        """End the process that waits to become a service which this environment does not have."""
+        if environment.id not in self._attended:
+            return
+        await self._quiet.wait()
+        self._attended.discard(environment.id)
+        if environment in self.registry:
+            try:
+                await self._a.cgroups.remove(group_of(environment.slot, FIRST_SERVICE))
+            except NetnsdError as error:  # it goes with the environment
+                self._tell("furnish_failed", environment, reason=error.message)
 
     def _write_ready(self, environments: list[Environment]) -> None:
         with self._a.store.transaction():

@@ -65,6 +65,13 @@ class Processes(Protocol):
         """Start it and return its pid once it has been exec'd. Raises LaunchFailed, LauncherUnavailable."""
         ...
 
+    def prepare(self, cgroup: str) -> None:
+        """Have a process wait in that group, which is there, to become the next command launched there, sooner.
+
+        Nothing is promised, and nothing is awaited. It goes with the group.
+        """
+        ...
+
     async def attach(self, launch: Launch, connection: int) -> int:
         """Hand ``connection`` (a socket of attach.sock, borrowed) over: its peer sends the command's descriptors.
 

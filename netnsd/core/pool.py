@@ -1,5 +1,7 @@
 """Slots made before demand: wired, furnished, and nobody's. A creation that gets one has only to name it.
 
+In the cgroup of what is to be its first service a process waits to become that: a process is most of a server's start.
+
 A slot that had an owner is never used again: it is deleted, and another one made. What a killed daemon left of its pool
 belongs to no environment, and goes with the orphans at the next start.
 """
@@ -7,18 +9,23 @@ belongs to no environment, and goes with the orphans at the next start.
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING, Protocol
 
 import trio
 
 from netnsd.core.addressing import Plan, Slot
 from netnsd.core.allocation import SlotAllocator
-from netnsd.core.interfaces import Network
 from netnsd.core.quiet import Quiet
+from netnsd.core.supervisor import group_of
 from netnsd.errors import NetnsdError
 
+if TYPE_CHECKING:
+    from netnsd.core.environments import Adapters
+
 MOST_SLOTS = 1000
+FIRST_SERVICE = "main"  # what a plain command is called
 _RECENT_SECONDS = 10.0
 _AGAIN_SECONDS = 5.0
 
@@ -36,19 +43,51 @@ class SlotSpoilt(Exception):
     """Somebody took a part of a slot away before it was claimed. Nobody outside hears of it: another is made."""
 
 
+class Maker(Protocol):
+    """Makes slots and removes them, as ``core.interfaces.Network`` does."""
+
+    async def prepare(self, slot: Slot) -> None:
+        """Make it. Raises KernelError; something of it may be left."""
+        ...
+
+    async def unwire(self, slots: Sequence[tuple[Slot, str | None]]) -> None:
+        """Remove what there is of (slot, name) pairs."""
+        ...
+
+
+class SlotMaker:
+    """Makes slots with a process that waits in the group of what is to be their first service."""
+
+    def __init__(self, adapters: Adapters) -> None:
+        self._a = adapters
+
+    async def prepare(self, slot: Slot) -> None:
+        """See ``Maker``."""
+        await self._a.network.prepare(slot)
+        await self._a.cgroups.create(group_of(slot, FIRST_SERVICE))
+        self._a.processes.prepare(group_of(slot, FIRST_SERVICE))
+
+    async def unwire(self, slots: Sequence[tuple[Slot, str | None]]) -> None:
+        """See ``Maker``."""
+        for slot, _name in slots:
+            await self._a.cgroups.remove(slot.cgroup)
+        await self._a.network.unwire(slots)
+
+
 class Pool:
     """Slots that are ready to be claimed. ``run`` fills it.
 
     Between ``size`` and ``most`` it keeps as many as were asked for in the last ten seconds, as demand comes again.
 
     Args:
+        maker: makes slots.
         quiet: says when nobody waits for a creation; slots are made then.
         tell: is told why it cannot be filled, once per reason.
     """
 
-    def __init__(self, network: Network, slots: SlotAllocator, plan: Plan, settings: PoolSettings, quiet: Quiet, *,
+    def __init__(self, maker: Maker, slots: SlotAllocator, plan: Plan, settings: PoolSettings, quiet: Quiet, *,
                  tell: Callable[[str], None]) -> None:
-        self._network = network
+        self._maker = maker
         self._slots = slots
         self._plan = plan
         self._settings = settings
@@ -68,6 +107,11 @@ class Pool:
     def ready(self) -> int:
         """How many can be claimed now."""
         return len(self._ready)
+
+    @property
+    def held(self) -> int:
+        """How many there are, those included that could not be removed."""
+        return len(self._ready) + len(self._leaving)
 
     @property
     def target(self) -> int:
@@ -130,7 +174,7 @@ class Pool:
     async def _add(self) -> None:
         slot = self._plan.slot(self._slots.take())
         try:
-            await self._network.prepare(slot)
+            await self._maker.prepare(slot)
         except BaseException:
             self._leaving.append(slot)
             with trio.CancelScope(shield=True):
@@ -144,7 +188,7 @@ class Pool:
         self._leaving += [self._ready.pop() for _ in range(min(count, len(self._ready)))]
         slots = list(self._leaving)
         if slots:
-            await self._network.unwire([(slot, None) for slot in slots])
+            await self._maker.unwire([(slot, None) for slot in slots])
         for slot in slots:
             self._leaving.remove(slot)
             self._slots.release(slot.index)

@@ -89,6 +89,7 @@ class Registry:
         self._is_taken = is_taken
         self._by_id: dict[str, Environment] = {}
         self._by_name: dict[tuple[int, str], Environment] = {}
+        self._stock_names: set[tuple[int, str]] = set()
         self._netns: set[str] = set()
         self._slots = slots
         self._ports = PortAllocator(*settings.published_range, is_listening)
@@ -172,6 +173,8 @@ class Registry:
                 continue
             if self._by_name.get((environment.uid, environment.name)) is environment:
                 del self._by_name[environment.uid, environment.name]
+            if environment.stock:
+                self._stock_names.discard((environment.uid, environment.name))
             self._netns.discard(environment.netns)
             self._slots.release(environment.slot.index)
             for port in environment.ports:
@@ -189,6 +192,7 @@ class Registry:
         changed = replace(environment, name=name, netns=netns, labels=labels, stock="", created_at=self._clock.now())
         with self._store.transaction():
             self._store.rename(changed)
+        self._stock_names.discard((environment.uid, environment.name))
         for field_name in ("name", "netns", "labels", "stock", "created_at"):
             setattr(environment, field_name, getattr(changed, field_name))
         self._by_name[environment.uid, name] = environment
@@ -200,7 +204,9 @@ class Registry:
 
     def _know(self, environment: Environment) -> None:
         self._by_id[environment.id] = environment
-        if not environment.stock:
+        if environment.stock:
+            self._stock_names.add((environment.uid, environment.name))
+        else:
             self._by_name[environment.uid, environment.name] = environment
         self._netns.add(environment.netns)
 
@@ -221,6 +227,9 @@ class Registry:
         if (uid, name) in self._by_name:
             raise NameTaken(f"you have an environment {name!r} already",
                             hint="Choose another name, remove it, or pass --replace.", name=name)
+        if (uid, name) in self._stock_names:
+            raise NameTaken(f"one in stock of a template of yours is called {name!r}", hint="Choose another name.",
+                            name=name)
         user = user if _USER_IN_NETNS.match(user) else str(uid)
         for candidate in (name, f"{name}.{user}"):
             if candidate not in self._netns and not self._is_taken(candidate):

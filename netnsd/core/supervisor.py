@@ -19,6 +19,7 @@ from netnsd.core.interfaces import Exited, Launch
 from netnsd.errors import NetnsdError, StoreError
 
 if TYPE_CHECKING:
+    from netnsd.core.addressing import Slot
     from netnsd.core.environments import Adapters, Emit
 
 _REPORT_SECONDS = 1.0
@@ -71,7 +72,7 @@ class Supervisor:
         launch_id = uuid.uuid4().hex
         losses = self._losses
         self._launches[launch_id] = (environment, service.name)
-        group = group_of(environment, service.name)
+        group = group_of(environment.slot, service.name)
         try:
             self._save(environment, service.changed(state="starting", launch_id=launch_id, pid=None, exit_code=None))
             await self._a.cgroups.create(group)
@@ -112,13 +113,13 @@ class Supervisor:
         async with trio.open_nursery() as nursery:
             for service in list(environment.services.values()):
                 if service.state in ("starting", "running") or self._a.cgroups.populated(
-                        group_of(environment, service.name)):
+                        group_of(environment.slot, service.name)):
                     nursery.start_soon(stop_one, service)
         if failures:
             raise failures[0]
 
     async def _stop_one(self, environment: Environment, service: Service, grace_seconds: float) -> None:
-        group = group_of(environment, service.name)
+        group = group_of(environment.slot, service.name)
         self._save(environment, service.changed(state="stopped"))
         self._a.cgroups.signal(group, signal.SIGTERM)
         with trio.move_on_after(grace_seconds):
@@ -181,7 +182,7 @@ class Supervisor:
             self._early[exited.launch_id] = exited.code
             return
         service = service.changed(exit_code=exited.code)
-        group = group_of(environment, name)
+        group = group_of(environment.slot, name)
         try:
             lives = self._a.cgroups.populated(group)
             remaining = self._a.cgroups.pids(group) if lives else []
@@ -211,7 +212,7 @@ class Supervisor:
         assert service.launch_id is not None
         while True:
             try:
-                await self._a.cgroups.empty(group_of(environment, service.name))
+                await self._a.cgroups.empty(group_of(environment.slot, service.name))
                 break
             except NetnsdError:  # it cannot be watched now; what it is watched for still comes
                 await trio.sleep(_WATCH_AGAIN_SECONDS)
@@ -252,10 +253,10 @@ class Supervisor:
         self._emit(kind, environment.uid, environment.id, environment.name, service=service, **details)
 
 
-def group_of(environment: Environment, service: str) -> str:
+def group_of(slot: Slot, service: str) -> str:
     """The cgroup of a service, relative to netnsd's root."""
     # A prefix keeps services apart from the group of commands that users run (``exec``).
-    return f"{environment.slot.cgroup}/s-{service}"
+    return f"{slot.cgroup}/s-{service}"
 
 
 def _conveniences(environment: Environment) -> dict[str, str]:

@@ -153,6 +153,7 @@ class Templates:
             except BaseException:
                 if environment.stock in self._stocks:
                     self._stocks[environment.stock].ready.insert(0, environment)
+                    self._environments.pulse()
                 raise
         return await self._environments.create(msgspec.structs.replace(
             _created(template.specification), name=name, labels=labels, replace=request.replace), actor)
@@ -181,9 +182,10 @@ class Templates:
     def _know(self, template: Template) -> None:
         assert self._nursery is not None
         self._by_id[template.id] = template
-        self._stocks[template.id] = Stock()
+        stock = self._stocks[template.id] = Stock()
+        stock.ready = self._found(template)
         if template.warm:
-            self._nursery.start_soon(self._keep, template, self._stocks[template.id])
+            self._nursery.start_soon(self._keep, template, stock)
 
     def _forget(self, template: Template) -> None:
         del self._by_id[template.id]
@@ -194,10 +196,11 @@ class Templates:
     async def _keep(self, template: Template, stock: Stock) -> None:
         """Keep as many ready as the template says; what ended by itself is removed, and another made."""
         with stock.scope:
-            stock.ready.extend(self._found(template))
             while True:
                 ended = [e for e in stock.ready if not _is_good(e)]
-                for environment in ended:
+                # One may come back that somebody had taken, and could not have.
+                surplus = [e for e in stock.ready if _is_good(e)][template.warm:]
+                for environment in ended + surplus:
                     stock.ready.remove(environment)
                     self._environments.remove_behind(environment)
                 if ended:
@@ -206,10 +209,11 @@ class Templates:
                 if len(stock.ready) >= template.warm:
                     await self._environments.changed()
                     continue
+                name = f"{template.name[:specification.NAME_CHARACTERS - 9]}-{uuid.uuid4().hex[:8]}"
                 try:
-                    stock.ready.append(await self._made(template))
+                    stock.ready.append(await self._made(template, name))
                 except NetnsdError as error:
-                    await self._trouble(template, stock, error.message)
+                    await self._trouble(template, stock, error.message.replace(name, template.name))
                 else:
                     stock.reason = ""
 
@@ -221,11 +225,10 @@ class Templates:
                 self._environments.remove_behind(environment)
         return [e for e in found if _is_good(e)]
 
-    async def _made(self, template: Template) -> Environment:
+    async def _made(self, template: Template, name: str) -> Environment:
         actor = await self._account(template.uid)
         if actor is None:
             raise WrongState(f"there is no user {template.user!r} any more", hint="Remove the template.")
-        name = f"{template.name[:specification.NAME_CHARACTERS - 9]}-{uuid.uuid4().hex[:8]}"
         environment = await self._environments.stock(_created(template.specification, name), actor, template.id)
         try:
             await self._environments.wait(environment, "ready", _READY_SECONDS)

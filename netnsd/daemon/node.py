@@ -84,6 +84,7 @@ class Node:
         self._http: HttpServer | None = None
         self._checking = trio.Lock()
         self._check_waits = False
+        self._ended = trio.Event()
 
     async def run(self, *, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
         """Work until cancelled; started when clients can connect."""
@@ -126,24 +127,32 @@ class Node:
                         nursery.start_soon(self._watch_rules)
                         await self._open_sockets(nursery, files)
                         task_status.started()
+                    with trio.move_on_after(self._config.daemon.grace_seconds, shield=True):
+                        await self._drain()
                     below.cancel_scope.cancel()
             finally:
                 with trio.move_on_after(self._config.daemon.grace_seconds, shield=True):
-                    with contextlib.suppress(ExceptionGroup):  # what is left goes with the orphans of the next start
-                        await self.environments.pool.drain()
-                    unused = len(self.environments.registry) == 0
+                    unused = len(self.environments.registry) == 0 and not self.environments.pool.held
                     if unused:
                         processes.retire()
                         cgroups.remove_root()
                     await firewall.stop(remove=unused)
                     await network.close(remove=unused)
                     self._clear_runtime(files, unused=unused)
+                self._ended.set()
+
+    async def _drain(self) -> None:
+        try:
+            await self.environments.pool.drain()
+        except (NetnsdError, ExceptionGroup) as error:  # what is left goes with the orphans of the next start
+            _log.warning("pool_stuck", reason=str(error))
 
     async def stop(self, grace_seconds: float) -> None:
-        """Take no more requests, and let those under way end within ``grace_seconds``."""
+        """Take no more requests, let those under way end within ``grace_seconds``, and return when ``run`` has ended."""
         if self._http is not None:
             await self._http.stop(grace_seconds)
         self._scope.cancel()
+        await self._ended.wait()
 
     async def check(self) -> None:
         """Look whether the host is as it should be, and put right what is not."""

@@ -56,6 +56,10 @@ class Subjects:
         """Be somebody who makes a namespace of that name."""
         raise NotImplementedError
 
+    async def lose_link(self, slot: Slot) -> None:
+        """Be somebody who deletes a slot's link."""
+        raise NotImplementedError
+
     async def drift(self) -> None:
         """Be a tool that flushes the host's rules."""
         raise NotImplementedError
@@ -93,6 +97,9 @@ class FakeSubjects(Subjects):
     async def make_foreign(self, name: str) -> None:
         self.network.foreign.add(name)
 
+    async def lose_link(self, slot: Slot) -> None:
+        del self.network.slots[slot.index]
+
     async def drift(self) -> None:
         self.firewall.flush()
 
@@ -105,6 +112,7 @@ class RealSubjects(Subjects):
 
     thread: NamespaceThread
     sockets: list[socket.socket]
+    foreign: list[str]
 
     @classmethod
     @asynccontextmanager
@@ -129,10 +137,12 @@ class RealSubjects(Subjects):
                 await firewall.restore([])
                 made = cls(network, firewall, processes, cgroups, store,
                            EnvironmentFiles(runtime, state, 1 << 20), directory)
-                made.thread, made.sockets = thread, []
+                made.thread, made.sockets, made.foreign = thread, [], []
                 yield made
                 for kept in made.sockets:
                     kept.close()
+                for name in made.foreign:
+                    await trio.run_process(["ip", "netns", "delete", name])
                 with trio.fail_after(5):
                     await cgroups.remove("")
                 await network.unwire([(PLAN.slot(index), "") for index in await network.observe()])
@@ -156,6 +166,10 @@ class RealSubjects(Subjects):
 
     async def make_foreign(self, name: str) -> None:
         await trio.run_process(["ip", "netns", "add", name])
+        self.foreign.append(name)
+
+    async def lose_link(self, slot: Slot) -> None:
+        await trio.run_process(["ip", "link", "delete", slot.port_name])
 
     async def drift(self) -> None:
         await trio.run_process(["nft", "flush", "ruleset"])

@@ -87,6 +87,133 @@ async def test_what_is_not_wired_cannot_be_furnished_or_asked(subjects: Subjects
         await subjects.network.listeners(WEB)
 
 
+async def test_a_prepared_slot_has_no_name_until_it_is_claimed_and_is_whole_then(subjects: Subjects) -> None:
+    network = subjects.network
+    for slot in (WEB, DB, FAR):
+        await network.prepare(slot)
+    assert await network.observe() == {0, 1, 251}
+    assert not network.is_taken("web")
+    assert not await network.intact(WEB, "web")
+    await network.claim(WEB, "web")
+    assert network.is_taken("web")
+    assert await network.intact(WEB, "web")
+    assert not await network.intact(DB, "web")
+    await network.furnish(WEB, OPEN_WEB.publications)
+    await subjects.listen(WEB, "tcp", 80)
+    assert await network.listeners(WEB) == {Listener("tcp", "0.0.0.0", 80)}
+    assert await network.listeners(DB) == frozenset()
+    await network.unwire([(WEB, "web"), (DB, None)])
+    assert not network.is_taken("web")
+    assert await network.observe() == {251}
+    await network.unwire([(FAR, None), (FAR, None)])
+    assert await network.observe() == set()
+
+
+async def test_a_slot_can_be_prepared_wired_and_prepared_again(subjects: Subjects) -> None:
+    for number in range(3):
+        await subjects.network.prepare(WEB)
+        await subjects.network.unwire([(WEB, None)])
+        await subjects.network.wire(WEB, f"e{number}")
+        await subjects.network.unwire([(WEB, f"e{number}")])
+        await subjects.network.prepare(WEB)
+        await subjects.network.claim(WEB, f"e{number}")
+        await subjects.network.unwire([(WEB, f"e{number}")])
+    assert await subjects.network.observe() == set()
+
+
+async def test_a_prepared_slot_can_be_furnished_with_ever_more_publications(subjects: Subjects) -> None:
+    await subjects.network.prepare(WEB)
+    await subjects.network.claim(WEB, "web")
+    for publications in ((), OPEN_WEB.publications[:1], OPEN_WEB.publications, OPEN_WEB.publications, ()):
+        await subjects.network.furnish(WEB, publications)
+    assert await subjects.network.intact(WEB, "web")
+
+
+async def test_a_claim_of_a_foreign_name_is_refused_and_the_slot_is_as_it_was(subjects: Subjects) -> None:
+    await subjects.make_foreign("theirs")
+    await subjects.network.prepare(WEB)
+    for _ in range(2):
+        with pytest.raises(NetnsTaken):
+            await subjects.network.claim(WEB, "theirs")
+    await subjects.network.wire(DB, "db")
+    with pytest.raises(NetnsTaken):
+        await subjects.network.claim(WEB, "db")
+    await subjects.network.claim(WEB, "web")
+    assert await subjects.network.intact(WEB, "web")
+    assert await subjects.network.intact(DB, "db")
+    await subjects.network.unname(WEB, "web")
+    await subjects.network.unwire([(WEB, "theirs")])  # a record that was written before the claim
+    assert subjects.network.is_taken("theirs")
+
+
+async def test_a_claim_of_a_slot_whose_link_is_gone_is_an_error_and_gives_no_name(subjects: Subjects) -> None:
+    await subjects.network.prepare(WEB)
+    await subjects.lose_link(WEB)
+    with pytest.raises(KernelError):
+        await subjects.network.claim(WEB, "web")
+    assert not subjects.network.is_taken("web")
+    with pytest.raises(KernelError):
+        await subjects.network.claim(DB, "web")
+    assert not subjects.network.is_taken("web")
+    await subjects.network.unwire([(WEB, None)])
+    assert await subjects.network.observe() == set()
+
+
+async def test_a_slot_may_have_two_names_until_one_is_taken_back(subjects: Subjects) -> None:
+    network = subjects.network
+    await network.wire(WEB, "old")
+    await network.claim(WEB, "new")
+    assert network.is_taken("old")
+    assert network.is_taken("new")
+    assert await network.intact(WEB, "old")
+    assert await network.intact(WEB, "new")
+    for _ in range(2):
+        await network.unname(WEB, "old")
+        assert not network.is_taken("old")
+        assert not await network.intact(WEB, "old")
+        assert await network.intact(WEB, "new")
+    await network.claim(WEB, "newer")
+    await network.unname(WEB, "newer")
+    assert await network.intact(WEB, "new"), "the other one may be taken back, too"
+    assert not network.is_taken("newer")
+    await network.unwire([(WEB, "new")])
+    assert not network.is_taken("new")
+
+
+async def test_a_name_that_is_not_the_slots_is_not_taken_back(subjects: Subjects) -> None:
+    await subjects.make_foreign("theirs")
+    await subjects.network.wire(WEB, "web")
+    await subjects.network.wire(DB, "db")
+    for name in ("theirs", "db", "never-was"):
+        await subjects.network.unname(WEB, name)
+    await subjects.network.unname(FAR, "db")
+    assert subjects.network.is_taken("theirs")
+    assert await subjects.network.intact(DB, "db")
+    assert await subjects.network.intact(WEB, "web")
+
+
+async def test_tidying_leaves_each_slot_the_one_name(subjects: Subjects) -> None:
+    network = subjects.network
+    await subjects.make_foreign("theirs")
+    for slot, names in ((WEB, ("a", "b", "c")), (DB, ("d",)), (FAR, ("e", "f"))):
+        await network.wire(slot, names[0])
+        for name in names[1:]:
+            await network.claim(slot, name)
+    for _ in range(2):
+        await network.tidy([(WEB, "b"), (DB, "d"), (PLAN.slot(7), "theirs"), (PLAN.slot(8), "gone")])
+        assert [name for name in "abcdef" if network.is_taken(name)] == ["b", "d", "e", "f"], "far was not named"
+        assert await network.intact(WEB, "b")
+        assert await network.intact(DB, "d")
+    await network.tidy([])
+    assert network.is_taken("theirs")
+    await network.tidy([(FAR, "lost")])
+    assert not network.is_taken("e")
+    assert not network.is_taken("f")
+    assert await network.observe() == {0, 1, 251}
+    await network.unwire([(WEB, "b"), (DB, "d"), (FAR, "lost")])
+    assert await network.observe() == set()
+
+
 # -- Firewall ---------------------------------------------------------------------------------------------------
 
 

@@ -14,7 +14,7 @@ import trio
 from netnsd.errors import KernelError, StoreError
 
 # Looks, and a message that is not answered: by the protocols they cannot fail.
-_NOT_STEPS = frozenset({"exits", "populated", "pids", "acknowledge", "observe"})
+_NOT_STEPS = frozenset({"exits", "populated", "pids", "acknowledge", "observe", "processes.prepare"})
 
 
 @dataclass(slots=True)
@@ -93,9 +93,9 @@ class _Tap:
 
     def __getattr__(self, name: str) -> Any:
         value = getattr(self._adapter, name)
-        if name in _NOT_STEPS or name.startswith("_") or not callable(value):
-            return value
         step = f"{self._name}.{name}"
+        if not _NOT_STEPS.isdisjoint({name, step}) or name.startswith("_") or not callable(value):
+            return value
         if inspect.iscoroutinefunction(value):
             return self._asynchronous(step, value)
         if name == "transaction":

@@ -86,6 +86,7 @@ class FakeProcesses:
     """
 
     def __init__(self, cgroups: FakeCgroups) -> None:
+        self.prepared: list[str] = []
         self._cgroups = cgroups
         cgroups.killed = self._on_kill
         self._pids = itertools.count(1000)
@@ -112,6 +113,9 @@ class FakeProcesses:
             self.end(launch.launch_id, 7)
             await trio.testing.wait_all_tasks_blocked()
         return pid
+
+    def prepare(self, cgroup: str) -> None:
+        self.prepared.append(cgroup)
 
     async def attach(self, launch: Launch, connection: int) -> int:
         await trio.lowlevel.checkpoint()

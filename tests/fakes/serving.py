@@ -177,7 +177,8 @@ async def serving(directory: Path, *, filters: bool | None = None, connections_p
                          pool_size=0, pool_ready=0, features={})
 
     async with world.running() as environments:
-        context = Context(environments, world.templates, lambda: b"netnsd_test 1\n", info, doctor or no_doctor, world.files.log_path, read_log, events.follow)
+        context = Context(environments, world.templates, lambda: b"netnsd_test 1\n", info, doctor or no_doctor,
+                          world.files.log_path, read_log, events.follow)
         api, attach = _listener(directory / "api.sock"), _listener(directory / "attach.sock")
         with api, attach:
             filtered = peer.refuse_descriptors(api) if filters in (True, None) else False

@@ -49,7 +49,9 @@ class Daemon:
     def configure(self, config: Mapping[str, Section]) -> None:
         """Write netnsd.toml, the harness's own settings included; the next start reads it."""
         sections: dict[str, dict[str, Any]] = {
-            "daemon": {"cgroup": self.host.daemon_cgroup_name, "socket_group": "netnsd"}}
+            "daemon": {"cgroup": self.host.daemon_cgroup_name, "socket_group": "netnsd"},
+            # What fills behind the scenes would be met by tests that compare before and after.
+            "pool": {"size": 0}}
         for section, values in config.items():
             sections.setdefault(section, {}).update(values)
         # JSON's strings, integers, booleans and lists of them are TOML's.

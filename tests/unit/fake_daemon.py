@@ -55,6 +55,11 @@ class FakeDaemon:
         self.socket_path = str(directory / "netnsd.sock")
         self.version: str | None = "0.1.0"
         self.environments: dict[str, dict[str, Any]] = {}
+        self.templates: dict[str, dict[str, Any]] = {}
+        self.pool = {"name": "slots", "size": 8, "target": 8, "ready": 7, "claimed": 3, "missed": 1, "reason": ""}
+        # So many creations are answered ``overloaded`` first, with this Retry-After.
+        self.overloaded = 0
+        self.retry_after: str | None = "0"
         self.requests: list[Request] = []
         self.answers: dict[tuple[str, str], bytes | dict[str, Any] | Problem] = {}
         self.raw_answer: bytes | None = None
@@ -136,7 +141,8 @@ class FakeDaemon:
         except Problem as problem:
             status, answer = problem.status, problem.body
         body = answer if isinstance(answer, bytes) else json.dumps(answer).encode()
-        connection.sendall(self._head(status, f"Content-Length: {len(body)}\r\n") + body)
+        after = f"Retry-After: {self.retry_after}\r\n" if status == 503 and self.retry_after is not None else ""
+        connection.sendall(self._head(status, f"{after}Content-Length: {len(body)}\r\n") + body)
 
     def _head(self, status: int, headers: str) -> bytes:
         version = f"netnsd-version: {self.version}\r\n" if self.version else ""
@@ -167,19 +173,78 @@ class FakeDaemon:
         parts = request.path.removeprefix("/v1/").split("/")
         if parts == ["info"]:
             return 200, {"version": "0.1.0", "pid": 1, "features": {"passrights": True}}
+        if parts[0] == "templates":
+            return self._template(request, parts[1:])
+        if parts[0] == "pools":
+            return self._pools(request)
         if parts[0] != "environments":
             raise Problem(404, "no_route", "nothing there")
         if len(parts) == 1:
-            return (200, self._list(request)) if request.method == "GET" else (201, self._create(request.body))
+            return self._many(request)
         if len(parts) == 3 and parts[2] == "wait" and ("for", "gone") in request.query:
             return 200, {}
         environment = self._find(parts[1])
         if request.method == "DELETE":
             del self.environments[environment["id"]]
-            return 200, {}
+            return 202 if ("wait", "0") in request.query else 200, {}
         if request.method == "POST":
             environment["state"] = "stopped" if parts[2] == "stop" else "running"
         return 200, environment
+
+    def _many(self, request: Request) -> tuple[int, dict[str, Any]]:
+        if request.method == "GET":
+            return 200, self._list(request)
+        if request.method == "DELETE":
+            return 202 if ("wait", "0") in request.query else 200, self._remove(request)
+        if self.overloaded:
+            self.overloaded -= 1
+            raise Problem(503, "overloaded", "64 creations of yours wait already", "try again.")
+        body = request.body
+        if body.get("count") is None:
+            return 201, self._create(body)
+        made = [self._create(body | {"name": f"{body['name']}-{number}"}) for number in range(1, body["count"] + 1)]
+        return 201, {"environments": made}
+
+    def _remove(self, request: Request) -> dict[str, Any]:
+        if len(request.target) > 8192:
+            raise Problem(400, "bad_request", "the first line is not METHOD PATH HTTP/1.1")
+        removed, failed = [], []
+        for ref in dict.fromkeys(v for k, v in request.query if k == "ref"):
+            try:
+                environment = self._find(ref)
+            except Problem as problem:
+                failed.append({"ref": ref, **problem.body})
+            else:
+                del self.environments[environment["id"]]
+                removed.append(environment["name"])
+        return {"removed": removed, "failed": failed}
+
+    def _template(self, request: Request, rest: list[str]) -> tuple[int, dict[str, Any]]:
+        if request.method == "POST":
+            return 201, self._add_template(request.body)
+        if not rest:
+            return 200, {"templates": list(self.templates.values())}
+        if rest[0] not in self.templates:
+            raise Problem(404, "not_found", f"there is no template {rest[0]!r}", "`netnsctl template ls` lists yours.")
+        return 200, self.templates[rest[0]] if request.method == "GET" else self.templates.pop(rest[0]) and {}
+
+    def _add_template(self, body: dict[str, Any]) -> dict[str, Any]:
+        if body["name"] in self.templates and not body["replace"]:
+            raise Problem(409, "name_taken", f"you have a template {body['name']!r} already", "pass --replace.")
+        wanted = body["specification"]
+        services = [{"name": "main", "command": wanted["command"], "cwd": wanted["cwd"]}] if "command" in wanted else []
+        self.templates[body["name"]] = {
+            "id": "00000000-0000-4000-8000-0000000000ff", "name": body["name"], "warm": body["warm"], "ready": 0,
+            "owner": {"uid": os.getuid(), "user": "me"}, "reason": "no room" if body["warm"] else "",
+            "services": services, "ports": wanted["ports"], "labels": wanted["labels"],
+            "created_at": "2020-01-01T00:00:00.000000Z"}
+        return self.templates[body["name"]]
+
+    def _pools(self, request: Request) -> tuple[int, dict[str, Any]]:
+        if request.method == "PATCH":
+            self.pool |= request.body
+            return 200, self.pool
+        return 200, {"pools": [self.pool]}
 
     def _list(self, request: Request) -> dict[str, Any]:
         wanted = [tuple(v.split("=", 1)) for k, v in request.query if k == "label"]
@@ -191,28 +256,36 @@ class FakeDaemon:
         old = next((e for e in self.environments.values() if e["name"] == body["name"]), None)
         if old and not body.get("replace"):
             raise Problem(409, "name_taken", f"you have a {body['name']!r} already", "pass --replace.")
+        if "template" in body and body["template"] not in self.templates:
+            raise Problem(404, "not_found", f"there is no template {body['template']!r}")
         ports = [{"port": p["port"], "protocol": p["protocol"], "published": p.get("publish", 20000 + i),
-                  "listen": "127.0.0.1"} for i, p in enumerate(body["ports"])]
+                  "listen": "127.0.0.1"} for i, p in enumerate(body.get("ports", []))]
         services = [{"name": "main", "command": body["command"], "pid": 4711, "state": "running", "exit_code": None}
                     ] if body.get("command") else []
         return self.add(body["name"], ports=ports, services=services, labels=body["labels"])
 
     def _logs(self, connection: socket.socket, request: Request) -> None:
         self._find(request.path.split("/")[3])
+        try:
+            self._send_logs(connection)
+            if ("follow", "1") in request.query:
+                connection.settimeout(0.02)
+                while not self.follow_ends.is_set():
+                    with suppress(TimeoutError):
+                        if not connection.recv(1):
+                            self.followers_gone.set()
+                            return
+            connection.sendall(b"0\r\n\r\n")
+        except ConnectionError:  # it left without having read all
+            self.followers_gone.set()
+
+    def _send_logs(self, connection: socket.socket) -> None:
         connection.sendall(self._head(200, "Transfer-Encoding: chunked\r\n"))
         for piece in self.log_pieces:
             chunk = f"{len(piece):x}\r\n".encode() + piece + b"\r\n"
             # In two halves: a client must not think that pieces end where packets do.
             connection.sendall(chunk[:-1])
             connection.sendall(chunk[-1:])
-        if ("follow", "1") in request.query:
-            connection.settimeout(0.02)
-            while not self.follow_ends.is_set():
-                with suppress(TimeoutError):
-                    if not connection.recv(1):
-                        self.followers_gone.set()
-                        return
-        connection.sendall(b"0\r\n\r\n")
 
     # -- attach.sock --------------------------------------------------------------------------------------------
 

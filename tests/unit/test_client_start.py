@@ -10,8 +10,8 @@ import pytest
 from tests.unit.fake_daemon import FakeDaemon
 
 HEAVY = ("trio", "pyroute2", "msgspec", "asyncio", "http.client", "yaml", "structlog", "ssl", "hypercorn")
-NOT_FOR_LISTING = (*HEAVY, "subprocess", "termios", "pty", "tty", "resource", "shlex", "urllib.parse", "netnsd.wire",
-                   "netnsd.client.attach", "netnsd.client.lifecycle", "dataclasses", "pathlib")
+NOT_FOR_LISTING = (*HEAVY, "click", "subprocess", "termios", "pty", "tty", "resource", "shlex", "urllib.parse",
+                   "inspect", "netnsd.wire", "netnsd.client.attach", "netnsd.client.waiting", "dataclasses", "pathlib")
 
 
 def imported(stderr: str) -> set[str]:
@@ -19,7 +19,8 @@ def imported(stderr: str) -> set[str]:
 
 
 @pytest.mark.parametrize("module", ["netnsd.client.cli", "netnsd.client.app", "netnsd.client.listing",
-                                    "netnsd.client.creating", "netnsd.client.streams", "netnsd.client.attach"])
+                                    "netnsd.client.creating", "netnsd.client.templates", "netnsd.client.streams",
+                                    "netnsd.client.attach"])
 def test_importing_the_client_imports_nothing_heavy(module: str) -> None:
     done = subprocess.run([sys.executable, "-X", "importtime", "-c", f"import {module}"], capture_output=True,
                           text=True, timeout=30, check=True)

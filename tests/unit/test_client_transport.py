@@ -6,6 +6,7 @@ import socket
 import subprocess
 import sys
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -156,8 +157,10 @@ def test_chunks_are_joined_wherever_packets_are_cut(tmp_path: Path, size: int) -
         connection, _ = listener.accept()
         with connection:
             connection.recv(65536)
-            for at in range(0, len(answer), size):
-                connection.send(answer[at:at + size])
+            # The client may leave at the last chunk, and not wait for what follows it.
+            with suppress(BrokenPipeError):
+                for at in range(0, len(answer), size):
+                    connection.send(answer[at:at + size])
             assert client.communicate(timeout=20)[0] == b"a\r\n\n"
 
 

@@ -18,12 +18,13 @@ import pytest
 import netnsd
 from netnsd import errors, wire
 from netnsd.api.routes import ROUTES
-from netnsd.client import app, session, streams
-from netnsd.core import supervisor
+from netnsd.client import app, session, streams, transport
+from netnsd.core import specification, supervisor, templates
 from netnsd.core.addressing import Plan
 from netnsd.core.environment import Environment, PublishedPort
 from netnsd.daemon import main as daemon
 from netnsd.daemon.config import Config
+from netnsd.observability.metrics import Figures, Metrics
 
 CHECKOUT = Path(__file__).parents[2]
 PAGES = sorted([CHECKOUT / "README.md", CHECKOUT / "CHANGELOG.md", *(CHECKOUT / "docs").rglob("*.md")])
@@ -77,9 +78,16 @@ def unique(names: list[str]) -> set[str]:
 
 
 def verbs(group: click.Group, prefix: str) -> dict[str, click.Command]:
+    """All verbs by their whole name; those of a noun are `template add`, and the noun alone is none."""
     context = click.Context(group)
-    found = {name: group.get_command(context, name) for name in group.list_commands(context)}
-    return {prefix + name: command for name, command in found.items() if command is not None}
+    found: dict[str, click.Command] = {}
+    for name in group.list_commands(context):
+        command = group.get_command(context, name)
+        if isinstance(command, click.Group):
+            found |= verbs(command, f"{prefix}{name} ")
+        elif command is not None:
+            found[prefix + name] = command
+    return found
 
 
 CLIENT_VERBS = verbs(app.cli, "")
@@ -122,7 +130,7 @@ def test_outputs_are_documented() -> None:
 
 def test_exit_codes_are_documented_and_no_other() -> None:
     documented = unique([row[0] for row in rows(section("### Exit codes"))])
-    known = {0, app.EXIT_INTERRUPTED, app.EXIT_BROKEN_PIPE, app.EXIT_EXEC_FAILED, streams.EXIT_NOT_EXECUTABLE,
+    known = {0, session.EXIT_INTERRUPTED, session.EXIT_BROKEN_PIPE, app.EXIT_EXEC_FAILED, streams.EXIT_NOT_EXECUTABLE,
              streams.EXIT_NO_COMMAND, *(kind.exit_code for kind in error_classes())}
     assert documented == {str(number) for number in known}
 
@@ -197,9 +205,40 @@ def test_fields_inside_a_creation_are_documented(name: str, kind: type[msgspec.S
     assert unique(documented) == {field.name for field in msgspec.structs.fields(kind)}
 
 
+@pytest.mark.parametrize(("method", "path", "kind"), [("POST", "/v1/templates", wire.TemplateRequest),
+                                                      ("PATCH", "/v1/pools/slots", wire.PoolRequest)])
+def test_fields_of_other_requests_are_documented(method: str, path: str, kind: type[msgspec.Struct]) -> None:
+    (row,) = (row for row in rows(section("## HTTP API")) if row[:2] == [method, f"`{path}`"])
+    documented = re.findall(r'"(\w+)"', re.findall(r"`(\{.*?\})`", row[3])[0])
+    assert unique(documented) == {field.name for field in msgspec.structs.fields(kind)}
+
+
+def test_a_template_holds_what_a_creation_has_beside_what_the_readme_names() -> None:
+    (sentence,) = re.findall(r"The specification of a template is the same, without ([^.]*)\.", section("## HTTP API"))
+    creation, held = ({field.name for field in msgspec.structs.fields(kind)}
+                      for kind in (wire.CreateRequest, wire.Specification))
+    assert unique(re.findall(r"`(\w+)`", sentence)) == creation - held
+
+
+def test_bounds_of_many_and_of_warm_ones_are_documented() -> None:
+    assert f"so many, 1 to {specification.MAX_COUNT}, " in section("## HTTP API")
+    assert f"at most {templates.MOST_WARM} |" in section("#### `template add`")
+    assert f"asks again, for {transport.PATIENCE_SECONDS:g} seconds" in section("## How to")
+
+
+def test_every_metric_is_documented_and_no_other() -> None:
+    pool = wire.Pool(name="slots", size=0, target=0, ready=0, claimed=0, missed=0, reason="")
+    figures = Figures(states={"running": 0}, published_ports=0, addresses_free=0, pools=[pool], creations_under_way=0,
+                      creations_waiting=0, creations_refused=0)
+    told = set(re.findall(r"(?m)^(netnsd_\w+)", Metrics(lambda: figures).text().decode()))
+    paragraph = re.search(r"(?ms)^Metrics: (.*?)\n\n", section("## HTTP API"))
+    assert paragraph
+    assert unique(re.findall(r"`(netnsd_\w+)`", paragraph[1])) == told
+
+
 def test_every_kind_of_event_is_documented_and_no_other() -> None:
     told = {kind for path in (CHECKOUT / "netnsd" / "core").glob("*.py")
-            for kind in re.findall(r"_tell\(\s*[\"'](\w+)", path.read_text(encoding="utf-8"))}
+            for kind in re.findall(r"\b_?(?:tell|emit)\(\s*[\"'](\w+)", path.read_text(encoding="utf-8"))}
     paragraph = re.search(r"(?ms)^Events: (.*?)\n\n", section("## HTTP API"))
     assert paragraph
     assert unique(re.findall(r"`(\w+)`", paragraph[1])) == told
@@ -301,7 +340,10 @@ def test_code_examples_name_verbs_and_options_that_exist() -> None:
     wrong = []
     for block in re.findall(r"(?ms)^```\w*\n(.*?)^```$", readme()):
         for line in block.splitlines():
-            for verb, rest in re.findall(r"(?<![/\w.-])netnsctl (\S+)(.*)", line):
+            for first, behind in re.findall(r"(?<![/\w.-])netnsctl (\S+)(.*)", line):
+                second, _, further = behind.strip().partition(" ")
+                is_noun = f"{first} {second}" in CLIENT_VERBS
+                verb, rest = (f"{first} {second}", f" {further}") if is_noun else (first, behind)
                 if verb not in CLIENT_VERBS:
                     wrong.append(line)
                     continue

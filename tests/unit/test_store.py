@@ -3,19 +3,59 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import os
 import sqlite3
 from collections.abc import Iterator
+from contextlib import closing
 from pathlib import Path
 
 import pytest
 
+from netnsd import wire
 from netnsd.core.addressing import Plan
-from netnsd.core.environment import Command, Environment, PublishedPort, Service
+from netnsd.core.environment import Command, Environment, PublishedPort, Service, Template
 from netnsd.errors import AlreadyRunning, StoreError
 from netnsd.store import SCHEMA_VERSION, SqliteStore
 
 PLAN = Plan("10.0.0.0/24", 253)
+# The first version's, word for word: there are state files that it made.
+FIRST_SCHEMA = """
+CREATE TABLE environments (
+    id TEXT PRIMARY KEY,
+    name TEXT NOT NULL,
+    uid INTEGER NOT NULL,
+    user TEXT NOT NULL,
+    slot INTEGER NOT NULL UNIQUE,
+    netns TEXT NOT NULL UNIQUE,
+    labels TEXT NOT NULL,
+    share TEXT NOT NULL,
+    state TEXT NOT NULL,
+    created_at TEXT NOT NULL,
+    boot_id TEXT NOT NULL,
+    UNIQUE (uid, name)
+) STRICT;
+CREATE TABLE ports (
+    environment TEXT NOT NULL REFERENCES environments (id) ON DELETE CASCADE,
+    port INTEGER NOT NULL,
+    protocol TEXT NOT NULL,
+    published INTEGER NOT NULL,
+    listen TEXT NOT NULL,
+    PRIMARY KEY (protocol, published)
+) STRICT;
+CREATE INDEX ports_by_environment ON ports (environment);
+CREATE TABLE services (
+    environment TEXT NOT NULL REFERENCES environments (id) ON DELETE CASCADE,
+    name TEXT NOT NULL,
+    command TEXT NOT NULL,
+    state TEXT NOT NULL,
+    pid INTEGER,
+    launch_id TEXT,
+    exit_code INTEGER,
+    PRIMARY KEY (environment, name)
+) STRICT;
+PRAGMA user_version = 1;
+"""
 
 
 @pytest.fixture
@@ -34,6 +74,40 @@ def environment(index: int = 0, **changes: object) -> Environment:
         ports=(PublishedPort(3000, "tcp", 20000 + index), PublishedPort(53, "udp", 20000 + index)), state="creating",
         services={"web": Service("web", command), "db": Service("db", command, "running", 7, "launch", None)})
     return dataclasses.replace(made, **changes)  # type: ignore[arg-type]
+
+
+def template(number: int = 0, **changes: object) -> Template:
+    wanted = wire.Specification(
+        services=[wire.ServiceRequest(name="web", command=["sh", "-c", "é\n"], env={"A": "x=y"}, setuid=True)],
+        ports=[wire.PortRequest(port=53, protocol="udp"), wire.PortRequest(port=80, publish=20000)],
+        env={"SECRET": "\U0001f600"}, cwd="/srv", labels={"team/x": "ü"}, umask=0o27, limits={"nofile": -1})
+    made = Template(f"t{number}", f"shop{number}", 1001, "alice", 3, wanted,
+                    f"2030-01-01T00:00:0{number}.000000Z")
+    return dataclasses.replace(made, **changes)  # type: ignore[arg-type]
+
+
+def raw_schema(directory: Path) -> list[tuple[str, str]]:
+    with closing(sqlite3.connect(directory / "netnsd.db")) as raw:
+        found = raw.execute("SELECT name, sql FROM sqlite_schema WHERE sql IS NOT NULL ORDER BY name").fetchall()
+        return [(name, " ".join(sql.split())) for name, sql in found]
+
+
+def make_first_version(directory: Path, *kept: Environment) -> None:
+    """A state file as the first version wrote it, left by a daemon that was killed."""
+    with closing(sqlite3.connect(directory / "netnsd.db", isolation_level=None)) as raw:
+        raw.execute("PRAGMA journal_mode = WAL")
+        raw.executescript(FIRST_SCHEMA)
+        for e in kept:
+            raw.execute("INSERT INTO environments VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)",
+                        (e.id, e.name, e.uid, e.user, e.slot.index, e.netns, json.dumps(e.labels), e.share, e.state,
+                         e.created_at, e.boot_id))
+            for port in e.ports:
+                raw.execute("INSERT INTO ports VALUES (?, ?, ?, ?, ?)",
+                            (e.id, port.port, port.protocol, port.published, port.listen))
+            for s in e.services.values():
+                command = dataclasses.asdict(s.command)
+                raw.execute("INSERT INTO services VALUES (?, ?, ?, ?, ?, ?, ?)",
+                            (e.id, s.name, json.dumps(command), s.state, s.pid, s.launch_id, s.exit_code))
 
 
 def add(store: SqliteStore, *environments: Environment) -> None:
@@ -116,6 +190,102 @@ def test_a_newer_schema_is_refused_unharmed(tmp_path: Path) -> None:
         with pytest.raises(StoreError, match="newer"):
             SqliteStore(tmp_path, PLAN)
     assert (tmp_path / "netnsd.db").read_bytes() == before
+
+
+def test_a_file_of_the_first_version_is_taken_over_with_all_that_it_holds(tmp_path: Path) -> None:
+    kept = [environment(0, state="ready"), environment(1, state="removing", services={}, ports=())]
+    make_first_version(tmp_path, *kept)
+    for _ in range(2):
+        store = SqliteStore(tmp_path, PLAN)
+        assert store.environments() == kept
+        assert all(e.stock == "" for e in store.environments())
+        assert store.templates() == []
+        store.close()
+    store = SqliteStore(tmp_path, PLAN)
+    with store.transaction():
+        store.add(environment(2, stock="t0"))
+        store.add_template(template())
+        store.delete("id0")
+    assert store.environments() == [kept[1], environment(2, stock="t0")]
+    store.close()
+
+
+def test_a_file_that_was_taken_over_is_as_a_new_one(tmp_path: Path) -> None:
+    (tmp_path / "new").mkdir()
+    make_first_version(tmp_path)
+    for directory in (tmp_path, tmp_path / "new"):
+        SqliteStore(directory, PLAN).close()
+    assert raw_schema(tmp_path) == raw_schema(tmp_path / "new")
+    with closing(sqlite3.connect(tmp_path / "netnsd.db")) as raw:
+        assert raw.execute("PRAGMA user_version").fetchone() == (SCHEMA_VERSION,)
+
+
+def test_taking_a_file_over_is_done_whole_or_not_at_all(tmp_path: Path) -> None:
+    make_first_version(tmp_path, environment())
+    with closing(sqlite3.connect(tmp_path / "netnsd.db", isolation_level=None)) as raw:
+        raw.execute("CREATE TABLE templates (x)")  # the last step of the way cannot be made
+    before = raw_schema(tmp_path)
+    for _ in range(2):
+        with pytest.raises(StoreError):
+            SqliteStore(tmp_path, PLAN)
+    assert raw_schema(tmp_path) == before
+    with closing(sqlite3.connect(tmp_path / "netnsd.db", isolation_level=None)) as raw:
+        assert raw.execute("PRAGMA user_version").fetchone() == (1,)
+        raw.execute("DROP TABLE templates")
+    store = SqliteStore(tmp_path, PLAN)
+    assert store.environments() == [environment()]
+    store.close()
+
+
+def test_a_newer_schema_is_named_with_both_versions(tmp_path: Path) -> None:
+    SqliteStore(tmp_path, PLAN).close()
+    with closing(sqlite3.connect(tmp_path / "netnsd.db", isolation_level=None)) as raw:
+        raw.execute("PRAGMA user_version = 77")
+    with pytest.raises(StoreError, match=rf"schema 77.*\b{SCHEMA_VERSION}\b"):
+        SqliteStore(tmp_path, PLAN)
+
+
+def test_templates_come_back_as_they_were_oldest_first(tmp_path: Path) -> None:
+    first = SqliteStore(tmp_path, PLAN)
+    kept = [template(2), template(1), template(3, specification=wire.Specification())]
+    with first.transaction():
+        for one in kept:
+            first.add_template(one)
+    first.close()
+    second = SqliteStore(tmp_path, PLAN)
+    assert second.templates() == [kept[1], kept[0], kept[2]]
+    with second.transaction():
+        second.delete_template("t1")
+        second.delete_template("never was")
+    assert second.templates() == [kept[0], kept[2]]
+    second.close()
+
+
+def test_a_template_that_fails_to_be_written_is_not_there(store: SqliteStore) -> None:
+    with store.transaction():
+        store.add_template(template())
+    for twin in (template(1, id="t0"), template(1, name="shop0")):
+        with pytest.raises(StoreError), store.transaction():  # noqa: PT012
+            store.delete_template("t0")
+            store.add_template(template())
+            store.add_template(twin)
+        assert store.templates() == [template()]
+    with store.transaction():
+        store.add_template(template(1, name="shop0", uid=1002))
+
+
+def test_what_is_handed_over_is_kept_and_nothing_else_of_it_changes(store: SqliteStore) -> None:
+    old = environment(0, state="ready", stock="t0")
+    add(store, old, environment(1))
+    new = dataclasses.replace(old, name="web", netns="web", labels={"a": "b"}, stock="",
+                              created_at="2031-01-01T00:00:00.000000Z")
+    with store.transaction():
+        store.rename(new)
+    assert store.environments() == [environment(1), new]
+    for twin in ({"name": "e1"}, {"netns": "e1.alice"}):
+        with pytest.raises(StoreError), store.transaction():
+            store.rename(dataclasses.replace(new, **twin))  # type: ignore[arg-type]
+    assert store.environments() == [environment(1), new]
 
 
 @pytest.mark.parametrize("content", [b"hello" * 1000, b"SQLite format 3\0" + b"\xff" * 4096])
