@@ -12,6 +12,7 @@ import fcntl
 import json
 import os
 import resource
+import select
 import signal
 import socket
 import stat
@@ -19,6 +20,8 @@ import struct
 import termios
 
 from netnsd.kernel import libc
+from netnsd.kernel._messages import receive, send
+from netnsd.kernel._order import Order, StageError
 
 TYPE_CHECKING = False  # typing itself would add a tenth to the launcher's memory, and forks cost by that
 if TYPE_CHECKING:
@@ -27,61 +30,10 @@ if TYPE_CHECKING:
 DEFAULT_PATH = b"/usr/local/bin:/usr/bin:/bin"
 SO_PASSRIGHTS = 83  # asm-generic/socket.h, Linux 6.16
 DESCRIPTORS_SECONDS = 10.0
-_MAX_SUBJECT_BYTES = 512
+HOLD_SECONDS = 1
+HOLDER = b"holder"
 
-_LIMITS = {name[7:].lower(): getattr(resource, name) for name in dir(resource) if name.startswith("RLIMIT_")}
 _FRAME = struct.Struct(">I")
-
-
-class StageError(Exception):
-    """A step failed: its stage, an errno, and what it was about (a path, a name, or nothing)."""
-
-    def __init__(self, stage: str, number: int, subject: str = "") -> None:
-        super().__init__(stage, number, subject)
-        self.stage = stage
-        self.number = number
-        # Users choose it: no answer may grow beyond a message for it, and the cut may go through a character.
-        self.subject = subject.encode("utf-8", "replace")[:_MAX_SUBJECT_BYTES].decode("utf-8", "replace")
-
-    @property
-    def errno_name(self) -> str:
-        """Such as EACCES."""
-        return errno.errorcode.get(self.number, str(self.number))
-
-    @property
-    def message(self) -> str:
-        """For people, such as ``chdir: Permission denied: /srv/x``."""
-        reason = os.strerror(self.number) if self.number else "failed"
-        return f"{self.stage}: {reason}" + (f": {self.subject}" if self.subject else "")
-
-    @property
-    def hint(self) -> str:
-        """What to do next; empty where there is nothing to say."""
-        return _HINTS.get((self.stage, self.number)) or _HINTS.get((self.stage, 0), "")
-
-    def encode(self) -> bytes:
-        """As it travels through a pipe, in one atomic write."""
-        subject = _bytes(self.subject)[:_MAX_SUBJECT_BYTES]
-        return b"\0".join((self.stage.encode(), str(self.number).encode(), subject))
-
-    @classmethod
-    def decode(cls, data: bytes) -> StageError:
-        """The inverse of ``encode``."""
-        stage, number, subject = data.split(b"\0", 2)
-        return cls(stage.decode(), int(number), subject.decode("utf-8", "replace"))
-
-
-_HINTS = {
-    ("chdir", errno.ENOENT): "Create the directory, or name another with --cwd.",
-    ("chdir", errno.EACCES): "The command's user may not enter that directory. Name another with --cwd.",
-    ("exec", errno.ENOENT): "Check the command's name and PATH; of a script, check the interpreter in its first line.",
-    ("exec", errno.EACCES): "The file is there, but the command's user may not execute it (chmod +x).",
-    ("exec", errno.ENOEXEC): "A script needs a first line such as #!/bin/sh.",
-    ("exec", errno.E2BIG): "Arguments and variables together are too large.",
-    ("exec", errno.EAGAIN): "The user has as many processes as its limit allows.",
-    ("limits", 0): "Limits are named as in `ulimit`'s system calls: nofile, nproc, core ...",
-    ("mounts", 0): "`netnsctl doctor` checks what this host lacks.",
-}
 
 
 class Settings:
@@ -104,75 +56,16 @@ class Settings:
             self.adjust_oom = False
 
 
-class Order:
-    """One command to start, decoded from JSON, checked, and encoded for exec before the fork.
-
-    Raises StageError for a limit that does not exist, ValueError for anything else malformed.
-    """
-
-    __slots__ = ("argv", "cwd", "env", "gid", "groups", "hard_limits", "hostname", "hosts_file", "launch_id",
-                 "limits", "resolv_file", "setuid", "tty", "uid", "umask")
-
-    def __init__(self, data: bytes) -> None:
-        try:
-            fields: dict[str, Any] = json.loads(data)
-            self.launch_id = _text(fields["launch_id"])
-            self.argv = [_bytes(argument) for argument in fields["argv"]]
-            self.env = {_bytes(name): _bytes(value) for name, value in fields["env"].items()}
-            self.cwd = _text(fields["cwd"])
-            self.uid = _id(fields["uid"])
-            self.gid = _id(fields["gid"])
-            self.groups = [_id(group) for group in fields["groups"]]
-            self.umask = int(fields["umask"]) & 0o777
-            self.limits = _limits(fields["limits"])
-            self.hard_limits = _limits(fields["hard_limits"])
-            self.setuid = bool(fields["setuid"])
-            self.hosts_file = _text(fields["hosts_file"])
-            self.resolv_file = None if fields["resolv_file"] is None else _text(fields["resolv_file"])
-            self.hostname = _text(fields["hostname"])
-            self.tty = bool(fields["tty"])
-        except (KeyError, TypeError, AttributeError, RecursionError) as error:
-            raise ValueError(f"malformed order: {error!r}") from error
-        if not self.argv:
-            raise ValueError("malformed order: no command")
-
-
 class Handles:
     """Descriptors of one start: the group's directory, the namespace, and ``log`` or ``connection``."""
 
     __slots__ = ("cgroup", "connection", "log", "netns")
 
-    def __init__(self, cgroup: int, netns: int, log: int = -1, connection: int = -1) -> None:
+    def __init__(self, cgroup: int, netns: int = -1, log: int = -1, connection: int = -1) -> None:
         self.cgroup = cgroup
         self.netns = netns
         self.log = log
         self.connection = connection
-
-
-def _text(value: Any) -> str:
-    if not isinstance(value, str) or "\0" in value:
-        raise ValueError("malformed order: not a text without NUL")
-    return value
-
-
-def _bytes(value: Any) -> bytes:
-    return _text(value).encode("utf-8", "surrogateescape")
-
-
-def _id(value: Any) -> int:
-    # -1 means "unchanged" to setresuid(2), which would leave the command with root's ids.
-    if not isinstance(value, int) or not 0 <= value < 2**32 - 1:
-        raise ValueError("malformed order: not a user or group id")
-    return value
-
-
-def _limits(wanted: dict[str, int]) -> list[tuple[int, int]]:
-    for name, soft in wanted.items():
-        if name not in _LIMITS:
-            raise StageError("limits", errno.EINVAL, name)
-        if not isinstance(soft, int) or soft < resource.RLIM_INFINITY:
-            raise ValueError(f"malformed order: limit {name}")
-    return [(_LIMITS[name], soft) for name, soft in wanted.items()]
 
 
 def close_all_but(*kept: int) -> None:
@@ -197,43 +90,6 @@ def exit_code(status: int) -> int:
     return code if code >= 0 else 128 - code
 
 
-def fork_child(order: Order, handles: Handles, settings: Settings) -> tuple[int, int]:
-    """Start it: its pid, and a pipe that ends when it was exec'd, or else gives a StageError. The caller closes it.
-
-    Raises StageError ``fork`` or ``cgroup``.
-    """
-    reading, writing = os.pipe()
-    try:
-        pid, is_placed = _fork(handles.cgroup)
-        if pid == 0:
-            Child(order, handles, settings, writing, is_placed=is_placed).become()
-    except OSError as error:
-        os.close(reading)
-        stage = "cgroup" if error.errno in _REFUSALS_OF_GROUPS else "fork"
-        raise StageError(stage, error.errno or errno.EAGAIN) from error
-    finally:
-        os.close(writing)
-    return pid, reading
-
-
-# A group that was removed, that has controllers and so no processes of its own, or that is of another kind.
-_REFUSALS_OF_GROUPS = (errno.ENOENT, errno.ENODEV, errno.EBUSY, errno.EOPNOTSUPP, errno.EBADF)
-
-
-def _fork(cgroup: int) -> tuple[int, bool]:
-    """A fork that is born in the group, or where the kernel has no such thing an ordinary one; and which.
-
-    Moving a process to another group waits for a grace period of RCU, 10 ms and more, unless one was moved just
-    before (cgroup_threadgroup_rwsem, kernel/cgroup/cgroup.c). Being born there does not.
-    """
-    try:
-        return libc.fork_into_cgroup(cgroup), True
-    except OSError as error:
-        if error.errno not in (errno.ENOSYS, errno.EPERM, errno.EINVAL, errno.E2BIG):
-            raise
-    return os.fork(), False
-
-
 def _accept_descriptors(connection: socket.socket, accept: bool) -> None:
     # Older kernels always accept, and say ENOPROTOOPT.
     with contextlib.suppress(OSError):
@@ -241,21 +97,29 @@ def _accept_descriptors(connection: socket.socket, accept: bool) -> None:
 
 
 class Child:
-    """A forked child on its way to exec. ``become`` never returns."""
+    """A forked child on its way to exec. ``become`` never returns.
 
-    def __init__(self, order: Order, handles: Handles, settings: Settings, report_fd: int, *,
-                 is_placed: bool) -> None:
-        self._order = order
+    What fails is told to ``report_fd``. Without an ``order`` it waits for one, that comes through ``channel``.
+    """
+
+    _order: Order
+
+    def __init__(self, handles: Handles, settings: Settings, report_fd: int, order: Order | None = None, *,
+                 is_placed: bool, channel: socket.socket | None = None) -> None:
         self._handles = handles
         self._settings = settings
         self._report_fd = report_fd
+        self._channel = channel
         self._is_placed = is_placed
+        self._holder = -1
+        self._has_order = order is not None
+        if order is not None:
+            self._order = order
 
     def become(self) -> NoReturn:
         """Do every step; report the one that fails."""
         stage = "session"
         try:
-            self._leave_launcher()
             for stage, step in _STEPS:  # noqa: B007  # read where a step failed
                 step(self)
         except StageError as error:
@@ -273,20 +137,41 @@ class Child:
             os._exit(127)
 
     def _report(self, error: StageError) -> None:
+        if self._holder >= 0:  # a failed start leaves nothing in its group
+            signal.pidfd_send_signal(self._holder, signal.SIGKILL)
+            select.select([self._holder], [], [])
         os.write(self._report_fd, error.encode())
 
     def _leave_launcher(self) -> None:
         """Behave as a program does, and hold nothing that would hide the launcher's end from the daemon."""
-        for number in (*self._settings.ignored_signals, signal.SIGTERM):
+        signal.set_wakeup_fd(-1)  # a number that is another descriptor's soon
+        for number in (*self._settings.ignored_signals, signal.SIGTERM, signal.SIGINT, signal.SIGCHLD):
             signal.signal(number, signal.SIG_DFL)
         handles = self._handles
-        close_all_but(handles.cgroup, handles.netns, self._settings.null_fd, self._report_fd,
-                      handles.log if handles.log >= 0 else handles.connection)
+        close_all_but(*(fd for fd in (handles.cgroup, handles.netns, handles.log, handles.connection,
+                                      self._settings.null_fd, self._report_fd) if fd >= 0))
 
     def _join_cgroup(self) -> None:
         if not self._is_placed:
             procs = os.open("cgroup.procs", os.O_WRONLY | os.O_CLOEXEC, dir_fd=self._handles.cgroup)
             os.write(procs, b"0")
+
+    def _await_order(self) -> None:
+        if self._has_order or self._channel is None:
+            return
+        libc.set_process_name("netnsd-waiting")
+        self._rehearse()
+        order, fds = receive(self._channel)
+        if not order:
+            os._exit(0)
+        self._handles = Handles(self._handles.cgroup, *fds)
+        self._order = Order(order)
+
+    def _rehearse(self) -> None:
+        """Do what changes nothing for root: the pages that this writes to are the child's own, then, when it counts."""
+        self._order = Order(_REHEARSAL)
+        for step in (Child._enter_directory, Child._set_limits, Child._drop_ids):
+            step(self)
 
     def _enter_directory(self) -> None:
         """As the user, for directories that root may not enter (NFS); the saved id stays root's until ``ids``."""
@@ -378,6 +263,20 @@ class Child:
             raise OSError(errno.EBADMSG, "")
         return struct.unpack("3i", rights[0])
 
+    def _share_memory(self) -> None:
+        """Let another task hold this process's memory, so that exec leaves it to that one to take it apart.
+
+        Last, when it has the command's rights and no more. What tells the launcher of the exec comes only then, as the
+        holder has all descriptors that are there before.
+        """
+        if self._channel is None:
+            return
+        with contextlib.suppress(OSError):  # then exec takes longer
+            self._holder = libc.hold_memory(HOLD_SECONDS)
+            send(self._channel, HOLDER, (self._holder,))
+        if not receive(self._channel)[0]:  # nobody would know of the command
+            raise StageError("exec", errno.ECANCELED)
+
     def _execute(self) -> NoReturn:
         """As execvp(3) in the command's own PATH, but with the reasons that a shell gives."""
         argv, env = self._order.argv, self._order.env
@@ -400,6 +299,11 @@ class Child:
         raise StageError("exec", found, name.decode("utf-8", "surrogateescape"))
 
 
+_REHEARSAL = json.dumps({
+    "argv": ["/"], "env": {"PATH": "/"}, "cwd": "/", "uid": 0, "gid": 0, "groups": [], "umask": 0, "limits": {},
+    "hard_limits": {}, "setuid": False, "hosts_file": "/", "resolv_file": None, "hostname": "", "tty": False}).encode()
+
+
 def _execve(path: bytes, argv: list[bytes], env: dict[bytes, bytes]) -> NoReturn:
     try:
         os.execve(path, argv, env)  # noqa: S606  # no shell is the point
@@ -408,7 +312,9 @@ def _execve(path: bytes, argv: list[bytes], env: dict[bytes, bytes]) -> NoReturn
 
 
 _STEPS = (
+    ("session", Child._leave_launcher),
     ("cgroup", Child._join_cgroup),
+    ("order", Child._await_order),
     ("chdir", Child._enter_directory),
     ("setns", Child._enter_network),
     ("mounts", Child._make_mounts),
@@ -418,5 +324,6 @@ _STEPS = (
     ("ids", Child._drop_ids),
     ("privileges", Child._drop_privileges),
     ("stdio", Child._set_descriptors),
+    ("exec", Child._share_memory),
     ("exec", Child._execute),
 )

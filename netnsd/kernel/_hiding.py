@@ -11,7 +11,7 @@ import re
 import select
 
 from netnsd.kernel import libc
-from netnsd.kernel._child import StageError
+from netnsd.kernel._order import StageError
 
 
 class Hiding:

@@ -19,9 +19,10 @@ TYPE_CHECKING = False  # typing itself would add a tenth to the launcher's memor
 if TYPE_CHECKING:
     from typing import Any
 
-PROTOCOL = 1
+PROTOCOL = 2
 HEADER = struct.Struct("=HHQ")  # protocol, Kind, the request's id (0: not an answer)
-MAX_MESSAGE_BYTES = 8192
+MAX_MESSAGE_BYTES = 32768
+MAX_ENCLOSED_BYTES = 16384
 MAX_DESCRIPTORS = 4
 SEALS = fcntl.F_SEAL_WRITE | fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW
 
@@ -38,21 +39,27 @@ class Kind(enum.IntEnum):
     ACKNOWLEDGE = 5
     EXIT = 6
     ERROR = 7
+    PREPARE = 8
 
 
-def encode(kind: Kind, request: int, body: dict[str, Any] | None = None) -> bytes:
-    """One message."""
-    return HEADER.pack(PROTOCOL, kind, request) + json.dumps(body or {}).encode()
+def encode(kind: Kind, request: int, body: dict[str, Any] | None = None, enclosed: bytes = b"") -> bytes:
+    """One message. What is ``enclosed``, an order, is for whom it is passed on to."""
+    return HEADER.pack(PROTOCOL, kind, request) + json.dumps(body or {}).encode() + b"\0" + enclosed
+
+
+def enclosed_in(data: bytes) -> bytes:
+    """What ``encode`` enclosed."""
+    return data[HEADER.size :].partition(b"\0")[2]
 
 
 def decode(data: bytes) -> tuple[Kind, dict[str, Any]]:
-    """The inverse of ``encode``, but for the request's id. Raises ValueError."""
+    """The inverse of ``encode``, but for the request's id and what is enclosed. Raises ValueError."""
     if len(data) < HEADER.size:
         raise ValueError("a message without a header")
     protocol, kind, _request = HEADER.unpack_from(data)
     if protocol != PROTOCOL:
         raise ValueError(f"protocol {protocol} is not spoken here, {PROTOCOL} is")
-    body = json.loads(data[HEADER.size :])
+    body = json.loads(data[HEADER.size :].partition(b"\0")[0])
     if not isinstance(body, dict):
         raise ValueError("a message without an object")  # noqa: TRY004  # malformed, as a value
     return Kind(kind), body
@@ -102,6 +109,39 @@ def send(connection: socket.socket, data: bytes, fds: Sequence[int] = ()) -> Non
     """One message, whole or not at all. Raises BlockingIOError."""
     rights = [(socket.SOL_SOCKET, socket.SCM_RIGHTS, struct.pack(f"{len(fds)}i", *fds))] if fds else []
     connection.sendmsg([data], rights, socket.MSG_DONTWAIT | socket.MSG_NOSIGNAL)
+
+
+class Request:
+    """A message from the daemon. Its descriptors are open while it is handled."""
+
+    __slots__ = ("body", "connection", "enclosed", "fds", "number")
+
+    def __init__(self, connection: Connection, number: int, body: dict[str, Any], enclosed: bytes,
+                 fds: list[int]) -> None:
+        self.connection = connection
+        self.number = number
+        self.body = body
+        self.enclosed = enclosed
+        self.fds = fds
+
+    @property
+    def launch_id(self) -> str:
+        """Raises ValueError."""
+        launch_id = self.body.get("launch_id")
+        if not isinstance(launch_id, str):
+            raise ValueError("no launch_id")  # noqa: TRY004  # malformed, as a value
+        return launch_id
+
+    def descriptors(self, *counts: int) -> list[int]:
+        """Raises ValueError where they are not as many as one of ``counts``."""
+        if len(self.fds) not in counts:
+            raise ValueError(f"{len(self.fds)} descriptors are not what belongs to it")
+        return self.fds
+
+    def order(self) -> tuple[list[int], bytes]:
+        """Group, namespace and log or connection; and the order, which is in a memfd where it is long."""
+        fds = self.descriptors(3, 4)
+        return fds[:3], self.enclosed if len(fds) == 3 else read_sealed(fds[3])
 
 
 class Connection:

@@ -15,7 +15,9 @@ import time
 from collections.abc import Iterator
 
 from netnsd.kernel import libc
-from netnsd.kernel._child import Handles, Order, Settings, StageError, close_all_but, exit_code, fork_child, frame
+from netnsd.kernel._child import Handles, Settings, close_all_but, exit_code, frame
+from netnsd.kernel._forking import fork_child
+from netnsd.kernel._order import Order, StageError
 
 TYPE_CHECKING = False  # typing itself would add a tenth to the launcher's memory, and forks cost by that
 if TYPE_CHECKING:

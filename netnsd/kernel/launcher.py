@@ -2,7 +2,7 @@
 
 Started as ``python -I -S -X utf8 launcher.py --socket PATH``: standard library only, one thread, little memory, since
 a fork costs what the forking process holds. The daemon talks to it in SOCK_SEQPACKET messages: a fixed header, a
-small JSON object, and descriptors. An order (argv, env and the rest) comes in a sealed memfd, as packets are limited.
+small JSON object, and descriptors. An order (argv, env and the rest) is enclosed; a long one is in a sealed memfd.
 
 It never waits for a child: what a child meets before its exec (a directory on a file server that hangs) is told
 through a pipe. Ends are kept until the daemon acknowledges them, and told again to each daemon that connects.
@@ -24,20 +24,23 @@ from collections.abc import Callable
 if not __package__:  # run as a file, where the rest of netnsd is not to be found: its directory, for these lines only
     sys.path.append(os.path.dirname(os.path.dirname(os.path.dirname(os.path.abspath(__file__)))))
 from netnsd.kernel import _monitor, libc
-from netnsd.kernel._child import Handles, Order, Settings, StageError, exit_code, fork_child
+from netnsd.kernel._child import Handles, Settings, exit_code
+from netnsd.kernel._forking import Forked, fork_into_group
 from netnsd.kernel._hiding import Hiding
 from netnsd.kernel._messages import (
     HEADER,
-    MAX_DESCRIPTORS,
     PROTOCOL,
     Connection,
     Kind,
+    Request,
     decode,
+    enclosed_in,
     encode,
-    read_sealed,
     receive,
     sealed_memfd,
 )
+from netnsd.kernel._order import Order, StageError
+from netnsd.kernel._startup import detach, listen, parse
 
 if not __package__:
     sys.path.pop()
@@ -50,21 +53,18 @@ EXIT_ALREADY_RUNNING = 75
 _LISTEN_FDS_START = 3
 
 
-class Pending:
-    """A child that was forked and has not yet said whether its exec worked."""
+class Start:
+    """A child that got its order and has not yet said whether its exec worked. ``report`` ends when it does."""
 
-    __slots__ = ("code", "connection", "data", "launch_id", "pid", "pidfd", "report", "request")
+    __slots__ = ("child", "code", "failure", "launch_id", "report", "request")
 
-    def __init__(self, pid: int, report: int, launch_id: str, connection: Connection, request: int) -> None:
-        # The launcher is the parent: until it waits for the child, the number cannot be another's.
-        self.pid = pid
-        self.pidfd = os.pidfd_open(pid)
+    def __init__(self, child: Forked, report: int, launch_id: str, request: Request) -> None:
+        self.child = child
         self.report = report
         self.launch_id = launch_id
-        self.connection = connection
         self.request = request
         self.code: int | None = None
-        self.data = b""
+        self.failure: StageError | None = None
 
 
 class Launcher:
@@ -76,8 +76,10 @@ class Launcher:
         self._settings = Settings()
         self._selector = selectors.DefaultSelector()
         self._daemon: Connection | None = None
-        self._pending: dict[int, Pending] = {}
+        self._ready: dict[int, Forked] = {}  # by their cgroup's inode number, which is never used again
+        self._starting: dict[int, Start] = {}
         self._running: dict[int, str] = {}
+        self._held: dict[str, int | None] = {}  # groups in which a memory holder is still, and how their command ended
         self._exits: dict[str, int] = {}
         self._stopping = False
 
@@ -113,14 +115,29 @@ class Launcher:
                 return
             if pid == 0:
                 return
-            if pid in self._pending:
-                self._pending[pid].code = exit_code(status)
-                self._settle(self._pending[pid])
+            if pid in self._starting:
+                start = self._starting[pid]
+                start.code = exit_code(status)
+                if start.failure is not None:
+                    self._failed(start)
             elif pid in self._running:
                 self._ended(self._running.pop(pid), exit_code(status))
-            # Others are monitors, and orphans of servers: a server that daemonised itself is in its cgroup still.
+            else:
+                self._forget(pid)
+            # Others are monitors, holders, and orphans of servers: a server that daemonised itself is in its cgroup.
+
+    def _forget(self, pid: int) -> None:
+        """Of those that wait for an order, one has ended: with its group, or by somebody's signal."""
+        for group, child in self._ready.items():
+            if child.pid == pid:
+                child.close()
+                del self._ready[group]
+                return
 
     def _ended(self, launch_id: str, code: int) -> None:
+        if launch_id in self._held:  # told when nothing of ours is in its group
+            self._held[launch_id] = code
+            return
         self._exits[launch_id] = code
         self._tell_exit(launch_id, code)
 
@@ -184,154 +201,141 @@ class Launcher:
                 os.close(fd)
 
     def _handle(self, connection: Connection, data: bytes, fds: list[int]) -> None:
-        request = HEADER.unpack_from(data)[2] if len(data) >= HEADER.size else 0
+        number = HEADER.unpack_from(data)[2] if len(data) >= HEADER.size else 0
         try:
             kind, body = decode(data)
             if kind not in self._HANDLERS:
                 raise ValueError("not a request")
-            self._HANDLERS[kind](self, connection, request, body, fds)
+            self._HANDLERS[kind](self, Request(connection, number, body, enclosed_in(data), fds))
         except (ValueError, RecursionError, OSError) as error:  # OSError: out of descriptors or of memory
-            self._post(connection, encode(Kind.ERROR, request, {"message": str(error)}))
+            self._post(connection, encode(Kind.ERROR, number, {"message": str(error)}))
 
-    def _hello(self, connection: Connection, request: int, _body: dict[str, Any], _fds: list[int]) -> None:
-        self._post(connection, encode(Kind.HELLO, request, {"protocol": PROTOCOL, "pid": os.getpid()}))
+    def _answer(self, kind: Kind, request: Request, body: dict[str, Any] | None = None, fd: int | None = None) -> None:
+        self._post(request.connection, encode(kind, request.number, body), fd)
+
+    def _hello(self, request: Request) -> None:
+        self._answer(Kind.HELLO, request, {"protocol": PROTOCOL, "pid": os.getpid()})
         for launch_id, code in self._exits.items():
             self._tell_exit(launch_id, code)
 
-    def _known(self, connection: Connection, request: int, _body: dict[str, Any], _fds: list[int]) -> None:
-        running = [(launch_id, pid) for pid, launch_id in self._running.items()]
-        running += [(pending.launch_id, pending.pid) for pending in self._pending.values()]
-        known = {"running": running, "exits": list(self._exits.items())}
-        self._post(connection, encode(Kind.KNOWN, request), sealed_memfd(json.dumps(known).encode()))
+    def _known(self, request: Request) -> None:
+        running = [*((launch_id, pid) for pid, launch_id in self._running.items()),
+                   *((start.launch_id, pid) for pid, start in self._starting.items())]
+        held = [(launch_id, code) for launch_id, code in self._held.items() if code is not None]
+        known = {"running": running, "exits": [*self._exits.items(), *held]}
+        self._answer(Kind.KNOWN, request, fd=sealed_memfd(json.dumps(known).encode()))
 
-    def _acknowledge(self, _connection: Connection, _request: int, body: dict[str, Any], _fds: list[int]) -> None:
-        launch_id = body.get("launch_id")
-        if not isinstance(launch_id, str):
-            raise ValueError("an acknowledgement names its launch_id")  # noqa: TRY004  # malformed, as a value
-        self._exits.pop(launch_id, None)
+    def _acknowledge(self, request: Request) -> None:
+        self._exits.pop(request.launch_id, None)
 
     # -- starting -------------------------------------------------------------------------------------------------
 
-    def _spawn(self, connection: Connection, request: int, _body: dict[str, Any], fds: list[int]) -> None:
-        try:
-            order = self._decode(fds)
-            self._hiding.refresh()
-            pid, report = fork_child(order, Handles(cgroup=fds[0], netns=fds[1], log=fds[2]), self._settings)
-        except StageError as error:
-            self._refuse(connection, request, error)
-            return
-        os.set_blocking(report, False)
-        pending = Pending(pid, report, order.launch_id, connection, request)
-        self._pending[pid] = pending
-        self._selector.register(report, selectors.EVENT_READ, lambda: self._reported(pending))
+    def _prepare(self, request: Request) -> None:
+        cgroup, = request.descriptors(1)
+        group = os.fstat(cgroup).st_ino
+        if group not in self._ready:
+            with contextlib.suppress(StageError):  # it is told when something is to run there
+                self._ready[group] = fork_into_group(Handles(cgroup), self._settings)
+        self._answer(Kind.PREPARE, request)
 
-    def _attach(self, connection: Connection, request: int, _body: dict[str, Any], fds: list[int]) -> None:
+    def _spawn(self, request: Request) -> None:
+        launch_id = request.launch_id
+        fds, order = request.order()
         try:
-            order = self._decode(fds)
+            self._hiding.refresh()
+            child, report = self._start(Handles(*fds), order)
+        except StageError as error:
+            self._refuse(Kind.SPAWN, request, error)
+            return
+        start = self._starting[child.pid] = Start(child, report, launch_id, request)
+        self._selector.register(report, selectors.EVENT_READ, lambda: self._reported(start))
+
+    def _start(self, handles: Handles, order: bytes) -> tuple[Forked, int]:
+        """Have a child of that group start: it, and the pipe that ends when it has. Raises StageError, ValueError."""
+        child = self._ready.pop(os.fstat(handles.cgroup).st_ino, None)
+        if child is not None:
+            with contextlib.suppress(OSError):  # it was killed, or the order is too long for a message
+                child.order(handles, order)
+                return child, child.report()
+            child.close()
+        child = fork_into_group(handles, self._settings, Order(order))
+        try:
+            return child, child.report()
+        except OSError as error:
+            child.close()
+            raise StageError("fork", error.errno or errno.EAGAIN) from error
+
+    def _attach(self, request: Request) -> None:
+        (cgroup, netns, connection), data = request.order()
+        try:
+            order = Order(data)
             self._hiding.refresh()
             pid = os.fork()
             if pid == 0:
-                _monitor.run(order, Handles(cgroup=fds[0], netns=fds[1], connection=fds[2]), self._settings)
+                _monitor.run(order, Handles(cgroup, netns, connection=connection), self._settings)
             monitor = os.pidfd_open(pid)
         except StageError as error:
-            self._refuse(connection, request, error, Kind.ATTACH)
+            self._refuse(Kind.ATTACH, request, error)
         except OSError as error:
-            self._refuse(connection, request, StageError("fork", error.errno or errno.EAGAIN), Kind.ATTACH)
+            self._refuse(Kind.ATTACH, request, StageError("fork", error.errno or errno.EAGAIN))
         else:
-            self._post(connection, encode(Kind.ATTACH, request), monitor)
+            self._answer(Kind.ATTACH, request, fd=monitor)
 
-    @staticmethod
-    def _decode(fds: list[int]) -> Order:
-        if len(fds) != MAX_DESCRIPTORS:
-            raise ValueError(f"an order has {MAX_DESCRIPTORS} descriptors, not {len(fds)}")
-        return Order(read_sealed(fds[3]))
-
-    def _refuse(self, connection: Connection, request: int, error: StageError, kind: Kind = Kind.SPAWN) -> None:
+    def _refuse(self, kind: Kind, request: Request, error: StageError) -> None:
         failure = {"stage": error.stage, "errno": error.errno_name, "message": error.message, "hint": error.hint}
-        self._post(connection, encode(kind, request, {"failure": failure}))
+        self._answer(kind, request, {"failure": failure})
 
-    def _reported(self, pending: Pending) -> None:
-        """The pipe of a child has its failure, or its end: it was exec'd (or killed before)."""
-        with contextlib.suppress(BlockingIOError):
-            while part := os.read(pending.report, 4096):
-                pending.data += part
-            self._selector.unregister(pending.report)
-            os.close(pending.report)
-            pending.report = -1
-            self._settle(pending)
-
-    def _settle(self, pending: Pending) -> None:
-        """Answer, once all is known: a child that failed must have left its cgroup, so that nothing of it is met."""
-        if pending.report >= 0 or (pending.data and pending.code is None):
+    def _reported(self, start: Start) -> None:
+        """Its end of the pipe is closed: it was exec'd, or has failed and ends, or was killed."""
+        self._selector.unregister(start.report)
+        os.close(start.report)
+        start.failure, holder = start.child.heard()
+        start.child.channel.close()
+        if start.failure is None:
+            self._started(start)
+            if holder >= 0:
+                self._release(start.launch_id, holder)
+            if start.code is not None:
+                self._ended(self._running.pop(start.child.pid), start.code)
             return
-        del self._pending[pending.pid]
-        if pending.data:
-            os.close(pending.pidfd)
-            failure = StageError.decode(pending.data)
-            self._refuse(pending.connection, pending.request, failure)
-            if pending.connection.closed:  # whoever asked is gone: the next daemon finds an end, as a shell gives it
-                self._ended(pending.launch_id, 127 if failure.number == errno.ENOENT else 126)
-            return
-        body = {"pid": pending.pid}
-        self._post(pending.connection, encode(Kind.SPAWN, pending.request, body), pending.pidfd)
-        if pending.code is None:
-            self._running[pending.pid] = pending.launch_id
-        else:
-            self._ended(pending.launch_id, pending.code)
+        if holder >= 0:
+            os.close(holder)
+        if start.code is not None:
+            self._failed(start)
 
-    _HANDLERS: dict[Kind, Callable[[Launcher, Connection, int, dict[str, Any], list[int]], None]] = {  # noqa: RUF012
-        Kind.HELLO: _hello, Kind.SPAWN: _spawn, Kind.ATTACH: _attach, Kind.KNOWN: _known,
+    def _started(self, start: Start) -> None:
+        pid = start.child.pid
+        del self._starting[pid]
+        self._running[pid] = start.launch_id
+        self._answer(Kind.SPAWN, start.request, {"pid": pid}, start.child.pidfd)
+
+    def _failed(self, start: Start) -> None:
+        """It has left its cgroup too, so that nothing of it is met."""
+        assert start.failure is not None
+        del self._starting[start.child.pid]
+        os.close(start.child.pidfd)
+        self._refuse(Kind.SPAWN, start.request, start.failure)
+        if start.request.connection.closed:  # who asked is gone: the next daemon finds an end, as a shell gives it
+            self._ended(start.launch_id, 127 if start.failure.number == errno.ENOENT else 126)
+
+    def _release(self, launch_id: str, holder: int) -> None:
+        """End the holder of a started child's former memory; until it has ended it is in the command's group."""
+        with contextlib.suppress(ProcessLookupError):
+            signal.pidfd_send_signal(holder, signal.SIGKILL)
+        self._held[launch_id] = None
+        self._selector.register(holder, selectors.EVENT_READ, lambda: self._released(launch_id, holder))
+
+    def _released(self, launch_id: str, holder: int) -> None:
+        self._selector.unregister(holder)
+        os.close(holder)
+        code = self._held.pop(launch_id)
+        if code is not None:
+            self._ended(launch_id, code)
+
+    _HANDLERS: dict[Kind, Callable[[Launcher, Request], None]] = {  # noqa: RUF012
+        Kind.HELLO: _hello, Kind.SPAWN: _spawn, Kind.PREPARE: _prepare, Kind.ATTACH: _attach, Kind.KNOWN: _known,
         Kind.ACKNOWLEDGE: _acknowledge,
     }
-
-
-# -- starting up --------------------------------------------------------------------------------------------------
-
-
-def listen(path: str) -> socket.socket:
-    """A root-only socket at ``path``, in place of one that nobody listens on. Raises FileExistsError, OSError."""
-    sock = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-    with contextlib.suppress(FileNotFoundError):
-        try:
-            sock.connect(path)
-        except ConnectionRefusedError:
-            os.unlink(path)
-        else:
-            raise FileExistsError(errno.EEXIST, "another launcher listens", path)
-    mask = os.umask(0o177)
-    try:
-        sock.bind(path)
-    finally:
-        os.umask(mask)
-    sock.listen(16)
-    return sock
-
-
-def detach() -> None:
-    """Go on in a process that is nobody's child, in a session of its own; the caller's process ends well."""
-    if os.fork():
-        os._exit(0)
-    os.setsid()
-    if os.fork():
-        os._exit(0)
-
-
-def parse(arguments: list[str]) -> tuple[str, list[str], bool]:
-    """Where to listen, what to hide, whether to detach. By hand: argparse would stay in memory. Raises ValueError."""
-    path, hidden, detached = "", [], False
-    words = iter(arguments)
-    for word in words:
-        if word == "--socket":
-            path = next(words, "")
-        elif word == "--hide":
-            hidden.append(next(words, ""))
-        elif word == "--detach":
-            detached = True
-        else:
-            raise ValueError(f"unknown argument: {word}")
-    if not path:
-        raise ValueError("--socket is missing")
-    return path, hidden, detached
 
 
 def main() -> int:

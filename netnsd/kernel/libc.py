@@ -69,7 +69,11 @@ _SYS_CLONE3 = 435
 # Older than the split, so by machine; 219 is the generic number.
 _SYS_KEYCTL = {"x86_64": 250, "i686": 288, "ppc64le": 271, "s390x": 280}.get(os.uname().machine, 219)
 _KEYCTL_JOIN_SESSION_KEYRING, _KEYCTL_REVOKE, _KEY_SPEC_SESSION_KEYRING = 1, 3, -3  # linux/keyctl.h
-_CLONE_INTO_CGROUP = 0x200000000  # linux/sched.h
+# linux/sched.h
+_CLONE_VM = 0x00000100
+_CLONE_PIDFD = 0x00001000
+_CLONE_PARENT = 0x00008000
+_CLONE_INTO_CGROUP = 0x200000000
 
 
 class _CloneArguments(ctypes.Structure):
@@ -88,6 +92,8 @@ _libc.mount.argtypes = (ctypes.c_char_p, ctypes.c_char_p, ctypes.c_char_p, ctype
 _libc.umount2.argtypes = (ctypes.c_char_p, ctypes.c_int)
 _libc.inotify_add_watch.argtypes = (ctypes.c_int, ctypes.c_char_p, ctypes.c_uint32)
 _libc.prctl.argtypes = (ctypes.c_int, ctypes.c_ulong, ctypes.c_ulong, ctypes.c_ulong, ctypes.c_ulong)
+_libc.clone.argtypes = (ctypes.c_void_p, ctypes.c_void_p, ctypes.c_int, ctypes.c_void_p, ctypes.c_void_p)
+_holders_stack = (ctypes.c_char * 16384)()
 _libc.sethostname.argtypes = (ctypes.c_char_p, ctypes.c_size_t)
 
 
@@ -185,6 +191,20 @@ def fork_into_cgroup(cgroup_fd: int) -> int:
     result: int = _libc_held.syscall(ctypes.c_long(_SYS_CLONE3), ctypes.byref(arguments),
                                      ctypes.c_long(ctypes.sizeof(arguments)))
     return _check(result)
+
+
+def hold_memory(seconds: int) -> int:
+    """Start a task that shares the calling process's memory and does nothing but sleep; its pidfd, or OSError.
+
+    While it lives, an exec of the caller need not take that memory apart, which for Python's takes longer than all
+    else of an exec. It is a child of the caller's parent, and runs sleep(3) alone: man 2 clone. Whoever has the pidfd
+    kills it; it ends after ``seconds`` in any case. For a process with one thread, that execs or ends soon, once.
+    """
+    pidfd = ctypes.c_int(-1)
+    sleep = ctypes.cast(_libc.sleep, ctypes.c_void_p)
+    top = ctypes.addressof(_holders_stack) + ctypes.sizeof(_holders_stack) & ~15
+    _check(_libc.clone(sleep, top, _CLONE_VM | _CLONE_PIDFD | _CLONE_PARENT, seconds, ctypes.byref(pidfd)))
+    return pidfd.value
 
 
 def join_session_keyring() -> None:

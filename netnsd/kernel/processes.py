@@ -19,9 +19,9 @@ import trio
 
 from netnsd.core.interfaces import Exited, Launch, Running
 from netnsd.errors import LauncherUnavailable, LaunchFailed
-from netnsd.kernel import launcher
-from netnsd.kernel._child import StageError
+from netnsd.kernel import _messages, launcher
 from netnsd.kernel._messages import HEADER, Kind, decode, encode, read_sealed, receive, sealed_memfd, send
+from netnsd.kernel._order import StageError
 
 START_SECONDS = 5.0
 LAUNCH_SECONDS = 60.0
@@ -93,7 +93,7 @@ class LauncherProcesses:
             raise ValueError("a launch needs a log")
         try:
             with trio.fail_after(LAUNCH_SECONDS):
-                request = await self._ask(Kind.SPAWN, self._order(launch, launch.log_fd))
+                request = await self._ask(Kind.SPAWN, *self._order(launch, launch.log_fd))
         except trio.TooSlowError as error:
             raise _launch_failed(f"{launch.argv[0]} was not started within {LAUNCH_SECONDS:g} s",
                                  "Does its directory or its program lie on a file server that hangs?", "exec",
@@ -103,12 +103,28 @@ class LauncherProcesses:
         pid: int = request.body["pid"]
         return pid
 
+    def prepare(self, cgroup: str) -> None:
+        """Have a child born in this group, that becomes the next command to be launched there in half of the time.
+
+        It waits in the group (which is populated, then) until a launch, a signal, the group's removal or the launcher's
+        end. Nothing is promised: where there is none, a launch forks. Returns before it is there; a second is not made.
+
+        Args:
+            cgroup: relative to the root, as ``Launch.cgroup``, and there already.
+        """
+        if self._socket is not None:
+            with contextlib.suppress(OSError):
+                group = os.open(os.path.join(self._cgroup_root, cgroup), os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+                self._post(_Request(0, encode(Kind.PREPARE, 0), [group]))
+                # What the launcher writes to after a fork is copied first. It does that now, not when it counts.
+                self.acknowledge("")
+
     async def attach(self, launch: Launch, connection: int) -> int:
         """Hand ``connection`` (borrowed) over to a monitor, which alone speaks with its peer from then on.
 
         Returns the monitor's pidfd. Raises LaunchFailed where not even that works, and LauncherUnavailable.
         """
-        request = await self._ask(Kind.ATTACH, self._order(launch, connection))
+        request = await self._ask(Kind.ATTACH, *self._order(launch, connection))
         if request.answer_fd is None:
             raise LauncherUnavailable("the launcher did not tell its monitor", hint="Try again.")
         return request.answer_fd
@@ -124,9 +140,7 @@ class LauncherProcesses:
         return [Running(*one) for one in known["running"]], [Exited(*one) for one in known["exits"]]
 
     def acknowledge(self, launch_id: str) -> None:
-        """The end of this launch is stored: the launcher may forget it. Lost with a connection, as the end is told
-        again then.
-        """
+        """Its end is stored: the launcher may forget this launch. Lost with a connection, as it is told again then."""
         if self._socket is not None:
             self._post(_Request(0, encode(Kind.ACKNOWLEDGE, 0, {"launch_id": launch_id}), []))
 
@@ -140,15 +154,14 @@ class LauncherProcesses:
         with contextlib.suppress(FileNotFoundError):
             os.unlink(self._socket_path)
 
-    def _order(self, launch: Launch, borrowed: int) -> list[int]:
-        """The descriptors of one start: the cgroup, the namespace, the log or connection, and all the rest."""
-        order = {
-            "launch_id": launch.launch_id, "argv": launch.argv, "env": launch.env, "cwd": launch.cwd,
-            "uid": launch.uid, "gid": launch.gid, "groups": launch.groups, "umask": launch.umask,
-            "limits": launch.limits, "hard_limits": launch.hard_limits,
-            "setuid": launch.setuid, "hosts_file": launch.hosts_file,
-            "resolv_file": launch.resolv_file, "hostname": launch.hostname, "tty": launch.tty,
-        }
+    def _order(self, launch: Launch, borrowed: int) -> tuple[list[int], dict[str, Any], bytes]:
+        """Of one start: the cgroup, the namespace, and the log or connection; the message; and what goes with it."""
+        order = json.dumps({
+            "argv": launch.argv, "env": launch.env, "cwd": launch.cwd, "uid": launch.uid, "gid": launch.gid,
+            "groups": launch.groups, "umask": launch.umask, "limits": launch.limits, "hard_limits": launch.hard_limits,
+            "setuid": launch.setuid, "hosts_file": launch.hosts_file, "resolv_file": launch.resolv_file,
+            "hostname": launch.hostname, "tty": launch.tty,
+        }).encode()
         with contextlib.ExitStack() as undo:
             fds: list[int] = []
             for stage, path, flags in (
@@ -163,19 +176,23 @@ class LauncherProcesses:
                 undo.callback(os.close, fds[-1])
             fds.append(os.dup(borrowed))
             undo.callback(os.close, fds[-1])
-            fds.append(sealed_memfd(json.dumps(order).encode()))
+            if len(order) > _messages.MAX_ENCLOSED_BYTES:
+                fds.append(sealed_memfd(order))
+                order = b""
             undo.pop_all()
-        return fds
+        return fds, {"launch_id": launch.launch_id}, order
 
     # -- questions and answers ------------------------------------------------------------------------------------
 
-    async def _ask(self, kind: Kind, fds: list[int]) -> _Request:
+    async def _ask(self, kind: Kind, fds: list[int], body: dict[str, Any] | None = None,
+                   enclosed: bytes = b"") -> _Request:
         """Send a request, which owns ``fds``, and return it with its answer."""
         number = next(self._ids)
-        request = _Request(number, encode(kind, number), fds)
+        request = _Request(number, encode(kind, number, body, enclosed), fds)
         try:
-            with trio.move_on_after(START_SECONDS):
-                await self._connected.wait()
+            if not self._connected.is_set():
+                with trio.move_on_after(START_SECONDS):
+                    await self._connected.wait()
             self._check_connected()
             self._asked[number] = request
             self._post(request)

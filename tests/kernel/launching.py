@@ -123,15 +123,23 @@ class World:
         return self.output()
 
 
+class PreparedProcesses(LauncherProcesses):
+    """Prepares each launch."""
+
+    async def launch(self, launch: Launch) -> int:
+        self.prepare(launch.cgroup)
+        return await super().launch(launch)
+
+
 @asynccontextmanager
-async def launching() -> AsyncIterator[World]:
+async def launching(kind: type[LauncherProcesses] = LauncherProcesses) -> AsyncIterator[World]:
     directory = tempfile.mkdtemp(prefix="netnsd-test-")
     os.chmod(directory, 0o755)
     tree = CgroupTree(f"netnsd-test-{os.getpid()}-{secrets.token_hex(4)}")
     holder = subprocess.Popen(["unshare", "--net", "sh", "-c", "echo; exec sleep 600"], stdout=subprocess.PIPE)
     assert holder.stdout is not None
     holder.stdout.readline()
-    processes = LauncherProcesses(os.path.join(directory, "l.sock"), tree.root, ["/run/netns"])
+    processes = kind(os.path.join(directory, "l.sock"), tree.root, ["/run/netns"])
     world = World(directory, holder.pid, tree, processes)
     try:
         async with trio.open_nursery() as nursery:

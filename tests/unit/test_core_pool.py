@@ -1,4 +1,4 @@
-"""Slots that are made before demand: each has one owner or none, none is lost, and there are as many as there should."""
+"""Slots that are made before demand: none is lost or has two owners, and there are as many as there should be."""
 
 from __future__ import annotations
 
