@@ -148,7 +148,7 @@ class Node:
             _log.warning("pool_stuck", reason=str(error))
 
     async def stop(self, grace_seconds: float) -> None:
-        """Take no more requests, let those under way end within ``grace_seconds``, and return when ``run`` has ended."""
+        """Take no more requests, let those under way end within ``grace_seconds``; returns when ``run`` has ended."""
         if self._http is not None:
             await self._http.stop(grace_seconds)
         self._scope.cancel()
@@ -176,8 +176,8 @@ class Node:
         api, attach = self._listen(API_SOCKET), self._listen(ATTACH_SOCKET)
         filters = peer.refuse_descriptors(api)
         peer.refuse_descriptors(attach)
-        context = Context(self.environments, self._templates, Metrics(self._figures).text, self._info, self._doctor, files.log_path, logfile.read,
-                          self._events.follow)
+        context = Context(self.environments, self._templates, Metrics(self._figures).text, self._info, self._doctor,
+                          files.log_path, logfile.read, self._events.follow)
         closer = Closer(filters_descriptors=filters)
         self._http = HttpServer(application(context), closer)
         attach_server = AttachServer(self.environments, closer)

@@ -96,9 +96,15 @@ class CgroupTree:
 
     async def create(self, path: str) -> None:
         """Make the group and its parents. An existing one is fine. Raises KernelError."""
-        await trio.lowlevel.checkpoint()
+        await trio.lowlevel.checkpoint_if_cancelled()
+        directory = self.path(path)
         try:
-            os.makedirs(self.path(path), exist_ok=True)
+            try:
+                os.mkdir(directory)  # the kernel's, and in memory
+            except FileExistsError:
+                pass
+            except FileNotFoundError:
+                os.makedirs(directory, exist_ok=True)
         except OSError as error:
             raise KernelError.at("cgroup", error) from error
 

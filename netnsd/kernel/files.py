@@ -46,25 +46,26 @@ class EnvironmentFiles:
 
     def furnish(self, environment: Environment) -> tuple[str, str | None]:
         """See ``core.interfaces.Files``."""
-        directory = self._names / environment.id
+        directory = f"{self._names}/{environment.id}"
+        hosts, resolv = f"{directory}/hosts", f"{directory}/resolv.conf"
         try:
-            directory.mkdir(mode=0o755, exist_ok=True)
-            hosts = directory / "hosts"
-            hosts.write_text(f"127.0.0.1\tlocalhost\n{environment.slot.address}\t{environment.name}\n{_host_names()}")
+            with contextlib.suppress(FileExistsError):
+                os.mkdir(directory, 0o755)
+            _write(hosts, f"127.0.0.1\tlocalhost\n{environment.slot.address}\t{environment.name}\n{_host_names()}")
             text = resolv_conf()
             if text is None:
-                return str(hosts), None
-            resolv = directory / "resolv.conf"
-            resolv.write_text(text)
-            return str(hosts), str(resolv)
+                return hosts, None
+            _write(resolv, text)
         except OSError as error:
             raise KernelError.at("files", error) from error
+        return hosts, resolv
 
     def open_log(self, environment: Environment, service: str) -> int:
         """See ``core.interfaces.Files``."""
         path = self.log_path(environment.id, service)
         try:
-            os.makedirs(os.path.dirname(path), mode=0o711, exist_ok=True)
+            with contextlib.suppress(FileExistsError):
+                os.mkdir(os.path.dirname(path), 0o711)
             fd = os.open(path, _APPEND, 0o600)
             _let_user_write(fd, environment.uid)
         except OSError as error:
@@ -172,10 +173,25 @@ def _is_loopback_only(text: str) -> bool:
     return bool(servers) and all(_is_loopback(server) for server in servers)
 
 
-def _read(path: Path) -> str | None:
+def _write(path: str, text: str) -> None:
+    fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_NOFOLLOW | os.O_CLOEXEC, 0o644)
     try:
-        return path.read_text()
+        os.write(fd, text.encode())
+    finally:
+        os.close(fd)
+
+
+def _read(path: Path) -> str | None:
+    """A file of the host's, read again when it has changed; None where it is not there."""
+    try:
+        status = os.stat(path)
+        return _contents(path, status.st_ino, status.st_mtime_ns, status.st_size)
     except OSError as error:
         if error.errno not in (errno.ENOENT, errno.ENOTDIR):
             raise KernelError.at("resolv.conf", error) from error
         return None
+
+
+@functools.lru_cache(maxsize=16)
+def _contents(path: Path, _inode: int, _changed_ns: int, _size: int) -> str:
+    return path.read_text()

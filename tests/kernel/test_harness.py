@@ -314,4 +314,4 @@ def test_daemons_configuration_is_toml_with_the_harness_own_settings(host: HostN
                                   "gateway": {"listen": ["127.0.0.1:7080"]}})
     assert tomllib.loads(host.path(daemon.config_file).read_text()) == {
         "daemon": {"cgroup": host.daemon_cgroup_name, "socket_group": "netnsd", "socket_mode": "0666"},
-        "ports": {"range": "20000-20010"}, "gateway": {"listen": ["127.0.0.1:7080"]}}
+        "pool": {"size": 0}, "ports": {"range": "20000-20010"}, "gateway": {"listen": ["127.0.0.1:7080"]}}

@@ -37,8 +37,8 @@ def decoded(message: bytes) -> dict[str, Any]:
 
 
 def test_parts_of_a_concatenation_begin_at_registers() -> None:
-    assert KEY == bytes([6, 0, 0, 0, 0x4E, 0x27, 0, 0])
-    assert DATA == bytes([10, 203, 0, 2, 0x0B, 0xB8, 0, 0])
+    assert bytes([6, 0, 0, 0, 0x4E, 0x27, 0, 0]) == KEY
+    assert bytes([10, 203, 0, 2, 0x0B, 0xB8, 0, 0]) == DATA
     assert len(OWNER) == 8
 
 
