@@ -32,7 +32,7 @@ from netnsd.core.quiet import Quiet
 from netnsd.core.registry import Blueprint, Registry, Settings
 from netnsd.core.supervisor import Supervisor, group_of
 from netnsd.core.waiting import Aim, Waits
-from netnsd.errors import KernelError, NetnsdError, StoreError
+from netnsd.errors import KernelError, NetnsdError, StoreError, WrongState
 
 _UNDO_SECONDS = 30.0
 # The kernel needs half a millisecond per link, in which nothing else can be wired.
@@ -284,19 +284,25 @@ class Environments:
             self._tell("furnish_failed", environment, reason=error.message)
 
     async def _make(self, blueprint: Blueprint, actor: Actor, slot: Slot, *, is_warm: bool) -> Environment:
+        if not is_warm:
+            self._a.network.expect()  # the kernel begins while the row is written
         try:
             environment = self.registry.reserve(blueprint, actor, slot)
         except BaseException:
             if is_warm:
                 self.pool.put_back(slot)
             else:
+                self._a.network.forgo()
                 self._slots.release(slot.index)
             raise
         lock = self._lock(environment.id)
         lock.acquire_nowait()  # nobody knows it yet; a wait here that is cancelled would leave the row
         try:
-            await (self._claim(environment) if is_warm else self._a.network.wire(slot, environment.netns))
-            await self._a.firewall.open(_opening(environment))
+            made = self._claim(environment) if is_warm else self._a.network.wire(slot, environment.netns)
+            try:
+                await self._a.firewall.open(_opening(environment))  # while the namespace is made
+            finally:
+                await made
             if environment.services:
                 await self._furnish(environment)
                 for service in list(environment.services.values()):
@@ -306,9 +312,14 @@ class Environments:
                 self._write_ready([environment])
             environment.state = "ready"
             self._supervisor.pulse()
-        except BaseException:
+        except BaseException as error:
+            was_removed = environment.state == "removing"
+            if not is_warm:
+                self._a.network.forgo()
             with trio.move_on_after(_UNDO_SECONDS, shield=True):
                 await self._undo(environment)
+            if was_removed and isinstance(error, NetnsdError):  # what failed did so for that
+                raise WrongState(f"{environment.name!r} was removed while it was made", hint="Create it again.") from error
             raise
         finally:
             lock.release()
@@ -356,9 +367,9 @@ class Environments:
 
     async def _furnish_behind(self, environment: Environment) -> None:
         """Furnish though nothing runs there yet. A failure shows when something is to run."""
+        await self._quiet.wait()
         if environment not in self.registry or environment.id in self._furnished:
             return
-        await self._quiet.wait()
         async with self._lock(environment.id):
             if environment.state == "ready":
                 try:
@@ -530,6 +541,7 @@ class Environments:
                               hint="It is tried again every minute.", failures=failures)
         self._furnished.discard(environment.id)
         self._untidy.discard(environment.id)
+        self._attended.discard(environment.id)
         self._locks.pop(environment.id, None)
         self._supervisor.forget(environment)
         self._tell("removed", environment)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Awaitable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from typing import Protocol
@@ -146,10 +146,19 @@ class Listener:
 class Network(Protocol):
     """Namespaces, links and addresses."""
 
-    async def wire(self, slot: Slot, netns: str) -> None:
+    def expect(self) -> None:
+        """A ``wire`` follows at once: begin what leaves nothing behind should it not. It fails in silence."""
+        ...
+
+    def forgo(self) -> None:
+        """A ``wire`` that was expected does not follow, or failed: keep nothing for it."""
+        ...
+
+    def wire(self, slot: Slot, netns: str) -> Awaitable[None]:
         """Make the namespace, pin it as the slot's and under the name ``netns``, and wire it to its bridge.
 
-        Raises KernelError or NetnsTaken, with nothing of this slot left.
+        It begins at once, and what is returned must be awaited. Raises KernelError or NetnsTaken, with nothing of this
+        slot left.
         """
         ...
 

@@ -14,7 +14,7 @@ import itertools
 import os
 import queue
 import threading
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 from typing import Self, TypeVar
 
 import trio
@@ -65,10 +65,14 @@ class NamespaceThread:
         os.close(self._host_fd)
 
     async def run(self, job: Callable[[], T], priority: Priority) -> T:
-        """Run ``job`` in the thread and return what it returns, or raise what it raises.
+        """``start`` it and wait for it."""
+        return await self.start(job, priority)
 
-        A job that was queued is always run to its end, also when the caller is cancelled (which then takes effect
-        at the caller's next checkpoint), so that a caller always learns what was made and can undo it.
+    def start(self, job: Callable[[], T], priority: Priority) -> Awaitable[T]:
+        """Have ``job`` run in the thread, from now on; what is awaited gives what it returns, or raises what it raises.
+
+        It must be awaited, once. A job that was queued is always run to its end, also when who awaits it is cancelled
+        (which then takes effect at the next checkpoint), so that a caller always learns what was made and can undo it.
 
         Raises ShuttingDown after the thread was ended.
         """
@@ -87,12 +91,26 @@ class NamespaceThread:
                 libc.setns(self._host_fd, libc.CLONE_NEWNET)
                 token.run_sync_soon(done.set)
 
+        async def outcome() -> T:
+            with trio.CancelScope(shield=True):
+                await done.wait()
+            if failure:
+                raise failure[0]
+            return result[0]
+
         self._put(priority, call)
-        with trio.CancelScope(shield=True):
-            await done.wait()
-        if failure:
-            raise failure[0]
-        return result[0]
+        return outcome()
+
+    def post(self, job: _Job, priority: Priority) -> None:
+        """Have ``job``, which raises nothing, run in the thread; nobody waits for it."""
+        def call() -> None:
+            try:
+                job()
+            finally:
+                libc.setns(self._host_fd, libc.CLONE_NEWNET)
+
+        if not self._closed:
+            self._put(priority, call)
 
     def _put(self, priority: Priority, job: _Job | None) -> None:
         heapq.heappush(self._jobs, (priority, next(self._order), job))

@@ -11,7 +11,7 @@ import contextlib
 import errno
 import os
 import socket
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Awaitable, Callable, Iterable, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 from typing import TypeVar
@@ -26,6 +26,7 @@ from netnsd.kernel.namespace_thread import NamespaceThread, Priority
 
 NETNS_DIRECTORY = Path("/run/netns")
 REMOVALS_AT_ONCE = 2
+_MOST_BEGUN = 8
 _GONE = frozenset({errno.ENODEV, errno.ENOENT, errno.ESRCH})
 
 T = TypeVar("T")
@@ -45,6 +46,7 @@ class KernelNetwork:
         self._pins = runtime / "slots"
         self._bridges = bridges.Bridges(mtu_bytes)
         self._route: rtnetlink.RouteSocket | None = None
+        self._begun: list[int] = []
         self._has_ipv6 = os.path.exists("/proc/sys/net/ipv6")
         # A deletion waits 10 ms and more at its end for grace periods of RCU, in which the next can begin.
         self._removals = trio.CapacityLimiter(REMOVALS_AT_ONCE)
@@ -62,9 +64,17 @@ class KernelNetwork:
         """Close sockets; with ``remove`` take bridges and mounts away (no environment is left)."""
         await self._thread.run(lambda: self._close(remove=remove), Priority.CREATE)
 
-    async def wire(self, slot: Slot, netns: str) -> None:
+    def expect(self) -> None:
         """See ``core.interfaces.Network``."""
-        await self._thread.run(lambda: self._wire(slot, netns), Priority.CREATE)
+        self._thread.post(self._begin, Priority.CREATE)
+
+    def forgo(self) -> None:
+        """See ``core.interfaces.Network``."""
+        self._thread.post(self._drop_begun, Priority.CREATE)
+
+    def wire(self, slot: Slot, netns: str) -> Awaitable[None]:
+        """See ``core.interfaces.Network``."""
+        return self._thread.start(lambda: self._wire(slot, netns), Priority.CREATE)
 
     async def prepare(self, slot: Slot) -> None:
         """See ``core.interfaces.Network``."""
@@ -134,6 +144,8 @@ class KernelNetwork:
         self._bridges.load()
 
     def _close(self, *, remove: bool) -> None:
+        while self._begun:
+            os.close(self._begun.pop())
         if self._route is not None:
             self._route.close()
             self._route = None
@@ -141,6 +153,30 @@ class KernelNetwork:
             self._bridges.remove()
             libc.umount2(str(self._pins), libc.MNT_DETACH)
             self._pins.rmdir()
+
+    def _begin(self) -> None:
+        """Make a namespace that nothing holds but our descriptor: it leaves nothing behind, whatever happens."""
+        if len(self._begun) < _MOST_BEGUN:
+            with contextlib.suppress(OSError):  # who needs it makes it, and hears of it
+                namespace_thread.enter_new()
+                self._begun.append(namespace_thread.open_own())
+
+    def _drop_begun(self) -> None:
+        if self._begun:
+            os.close(self._begun.pop())
+
+    def _enter_new(self) -> int:
+        """Put the thread in a new namespace; returns a descriptor of it, which the caller closes."""
+        if self._begun:
+            own = self._begun.pop()
+            try:
+                libc.setns(own, libc.CLONE_NEWNET)
+            except BaseException:
+                os.close(own)
+                raise
+            return own
+        namespace_thread.enter_new()
+        return namespace_thread.open_own()
 
     def _wire(self, slot: Slot, netns: str | None) -> None:
         """Make everything of a slot; its name comes last, so that what has its name is whole."""
@@ -150,18 +186,15 @@ class KernelNetwork:
             with ExitStack() as undo:
                 self._bridges.ensure(slot.bridge)
                 stage = "namespace"
-                namespace_thread.enter_new()
+                own = self._enter_new()
+                undo.callback(os.close, own)
                 stage = "pin"
                 namespace_thread.unpin(self._pin(slot.index))  # one that is there is ours, of a slot that is free
                 namespace_thread.pin(self._pin(slot.index))
                 undo.callback(namespace_thread.unpin, self._pin(slot.index))
                 stage = "link"
-                own = namespace_thread.open_own()
-                try:
-                    undo.callback(self._unlink_from_host, slot)
-                    self._route.transact(rtnetlink.host_batch(slot, own, has_ipv6=self._has_ipv6))
-                finally:
-                    os.close(own)
+                undo.callback(self._unlink_from_host, slot)
+                self._route.transact(rtnetlink.host_batch(slot, own, has_ipv6=self._has_ipv6))
                 inside = rtnetlink.RouteSocket()
                 try:
                     inside.transact(rtnetlink.inside_batch(slot, has_ipv6=self._has_ipv6))
@@ -174,6 +207,7 @@ class KernelNetwork:
                     stage = "name"
                     self._name(slot.index, netns)
                 undo.pop_all()
+                os.close(own)
         except OSError as error:
             raise KernelError.at(getattr(error, "stage", stage), error) from error
 

@@ -27,6 +27,12 @@ class FakeNetwork:
         self.furnished: dict[int, tuple[Publication, ...]] = {}
         self.heard: dict[int, set[Listener]] = {}
 
+    def expect(self) -> None:
+        pass
+
+    def forgo(self) -> None:
+        pass
+
     async def wire(self, slot: Slot, netns: str) -> None:
         await trio.lowlevel.checkpoint()
         if self.is_taken(netns):

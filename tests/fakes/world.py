@@ -103,6 +103,8 @@ class World:
             "launches": dict(self.environments._supervisor._launches),
             "early": dict(self.environments._supervisor._early),
             "furnished ids": set(self.environments._furnished),
+            "untidy": set(self.environments._untidy),
+            "attended": set(self.environments._attended),
             "locks": dict(self.environments._locks),
         }
         return {name: value for name, value in found.items() if value}

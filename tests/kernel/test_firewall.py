@@ -60,7 +60,8 @@ async def test_rules_load_and_are_one_table(table: Table) -> None:
     assert await table.firewall.restore(ALL)
     listing = await table.nft("list ruleset")
     assert listing.count("table ") == 1
-    for name in ("guard", "publish_local", "from_host", "translate", "through", "from_environment", "to_host"):
+    for name in ("guard", "from_bridge", "publish_local", "from_host", "to_environment", "translate", "through",
+                 "from_environment", "to_host"):
         assert f"chain {name} {{" in listing
     assert "tcp . 20000 : 10.203.0.2 . 3000" in listing
     assert "udp . 20000 : 10.203.0.2 . 53" in listing
@@ -84,7 +85,8 @@ async def test_restoring_what_is_right_changes_nothing(table: Table) -> None:
     "add element ip netnsd owners { 10.203.0.2 . 61002 }",
     ("delete element ip netnsd published { tcp . 20000 };"
     "add element ip netnsd published { tcp . 20000 : 10.203.0.2 . 1 }"),
-    "insert rule ip netnsd from_host accept", "add rule ip netnsd to_host accept", "add chain ip netnsd strange",
+    "insert rule ip netnsd from_host accept", "insert rule ip netnsd to_environment accept",
+    "flush chain ip netnsd from_bridge", "add rule ip netnsd to_host accept", "add chain ip netnsd strange",
     "add element ip netnsd pairs { 10.203.0.2 . 10.203.0.3 }", 'add element ip netnsd uplinks { "eth9" }',
     "flush set ip netnsd uplinks; flush chain ip netnsd through",
 ])

@@ -41,7 +41,7 @@ def beside_the_pool(made: World) -> dict[str, Any]:
         assert held["furnished"].pop(index) == ()
         for group in (f"nd{index}", f"nd{index}/s-main"):  # where a process waits to become the first service
             held["cgroups"].remove(group)
-    held["slots"] -= len(ready)
+    held["slots"] = held.get("slots", 0) - len(ready)
     return {name: value for name, value in held.items() if value}
 
 
@@ -342,3 +342,38 @@ async def test_no_slot_is_made_while_a_creation_is_under_way(
         with made.faults.recording() as steps:
             await trio.sleep(1)
         assert steps.count("network.prepare") == 3
+
+
+@pytest.mark.parametrize("size", [0, SIZE], ids=["cold", "warm"])
+@pytest.mark.parametrize("wanted", [BARE, request("web", ports=1), REQUEST], ids=["bare", "ports", "services"])
+async def test_what_is_removed_before_all_is_done_behind_its_answer_leaves_nothing(
+    tmp_path: Path, wanted: Any, size: int, autojump_clock: trio.testing.MockClock
+) -> None:
+    class Removing:
+        """The environment is removed at one of the moments at which its settling waits."""
+
+        turn, waits = 0, 0
+
+        def disturbed(self) -> Any:
+            return quiet.disturbed()
+
+        async def wait(self) -> None:
+            self.waits += 1
+            if self.waits == self.turn and web is not None:
+                await environments.remove(web)
+            await quiet.wait()
+
+    made = world(tmp_path, size=size)
+    async with made.running() as environments:
+        quiet, removing = environments._quiet, Removing()
+        environments._quiet = removing  # type: ignore[assignment]
+        for turn in range(1, 6):
+            web = None
+            await filled(made)
+            removing.waits, removing.turn = 0, turn
+            web = await environments.create(wanted, ALICE)
+            await filled(made)
+            if web in environments.registry:
+                await environments.remove(web)
+            await filled(made)
+            assert beside_the_pool(made) == {}, turn

@@ -106,6 +106,15 @@ async def test_what_others_and_one_had_before_stays(tmp_path: Path) -> None:
         assert len(world.processes.running) == 2
 
 
+async def test_where_one_cannot_be_made_the_rest_is_not_tried(tmp_path: Path) -> None:
+    world = World(tmp_path, supernet="10.9.0.0/22", bridge_ports=250)
+    async with world.running() as environments:
+        await environments.create(request("web-2"), ALICE)
+        with pytest.raises(NameTaken):
+            await many(world, 200)
+        assert world.kinds().count("created") < 20
+
+
 async def test_a_port_number_can_be_one_environments_only(tmp_path: Path) -> None:
     world = World(tmp_path)
     wanted = wire.CreateRequest(name="web", count=2, ports=[wire.PortRequest(port=80, publish=20001)])
