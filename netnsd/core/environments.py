@@ -126,7 +126,10 @@ class Environments:
         desired = self._a.store.environments()
         for environment in desired:
             self.registry.remember(environment)
-        await self._a.network.tidy([(e.slot, e.netns) for e in desired])
+        try:
+            await self._a.network.tidy([(e.slot, e.netns) for e in desired])
+        except KernelError as error:
+            self._emit("orphan_left", 0, "", "", reason=error.message)
         observed = await self._observe(desired)
         actions = reconcile.plan(desired, observed)
         await self._a.firewall.restore([_opening(e) for e, _ in actions.adopt])
@@ -319,7 +322,8 @@ class Environments:
             with trio.move_on_after(_UNDO_SECONDS, shield=True):
                 await self._undo(environment)
             if was_removed and isinstance(error, NetnsdError):  # what failed did so for that
-                raise WrongState(f"{environment.name!r} was removed while it was made", hint="Create it again.") from error
+                raise WrongState(f"{environment.name!r} was removed while it was made",
+                                 hint="Create it again.") from error
             raise
         finally:
             lock.release()

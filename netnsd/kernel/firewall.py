@@ -37,9 +37,12 @@ table ip netnsd {
   # route_localnet on the bridges lets the host's 127.0.0.1:PORT reach environments; nothing may use it the other way.
   chain guard {
     type filter hook prerouting priority -300;
-    iifname "%(bridge)s*" ip daddr 127.0.0.0/8 drop
-    iifname "%(bridge)s*" ip saddr != %(supernet)s drop
-    iifname != "%(bridge)s*" iifname != "lo" ip saddr %(supernet)s drop
+    iifname "%(bridge)s*" goto from_bridge
+    ip saddr %(supernet)s iifname != "lo" drop
+  }
+  chain from_bridge {
+    ip daddr 127.0.0.0/8 drop
+    ip saddr != %(supernet)s drop
   }
   chain publish_local {
     type nat hook output priority -100;
@@ -50,13 +53,16 @@ table ip netnsd {
   # first: another user's socket on the owner's source port would pass as established otherwise.
   chain from_host {
     type filter hook output priority 0;
-    # A socket bound to a device sends by it whatever the address: broadcast, multicast, 127/8.
-    oifname "nd*" ip daddr != %(supernet)s meta skuid != 0 drop
     # Not by oifname: of what publish_local translated it is still "lo" in this hook.
-    ip daddr != %(supernet)s accept
-    fib daddr type local accept
+    ip daddr %(supernet)s goto to_environment
+    # A socket bound to a device sends by it whatever the address: broadcast, multicast, 127/8.
+    oifname "nd*" meta skuid != 0 drop
+  }
+  # Who may comes first: each rule costs every packet, and the look at the routes costs most.
+  chain to_environment {
     meta skuid 0 accept
     ip daddr . meta skuid @owners accept
+    fib daddr type local accept
     ct direction original meta skuid 0-4294967295 reject
     icmp type redirect drop
     ct state new reject

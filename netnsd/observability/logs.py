@@ -8,18 +8,22 @@ from typing import Any
 import msgspec
 import structlog
 
+# Without the local variables of each frame, which hold users' secrets.
+_TRACEBACKS = structlog.processors.ExceptionRenderer(structlog.tracebacks.ExceptionDictTransformer(show_locals=False))
+
 
 def configure(level: str) -> None:
     """Set up structlog for the process; ``level`` is debug, info, warning or error."""
     terminal = sys.stderr.isatty()
     renderer: structlog.typing.Processor = (
-        structlog.dev.ConsoleRenderer() if terminal else structlog.processors.JSONRenderer(serializer=_json))
+        structlog.dev.ConsoleRenderer(exception_formatter=structlog.dev.plain_traceback) if terminal
+        else structlog.processors.JSONRenderer(serializer=_json))
     structlog.configure(
         processors=[
             structlog.contextvars.merge_contextvars,
             structlog.processors.add_log_level,
             structlog.processors.TimeStamper(fmt="iso", utc=True),
-            *([] if terminal else [structlog.processors.dict_tracebacks]),
+            *([] if terminal else [_TRACEBACKS]),
             renderer,
         ],
         wrapper_class=structlog.make_filtering_bound_logger(level),

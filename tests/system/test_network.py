@@ -273,6 +273,18 @@ def test_other_users_are_refused_by_port_and_by_address(
     assert not pings(host, web["address"], user=who, seconds=0.4)
 
 
+def test_any_user_of_the_host_reaches_the_hosts_own_server_at_the_bridges_address(
+        host: HostNamespace, web: Environment) -> None:
+    server = host.popen(echo_server("host", 9003, BRIDGE_ADDRESS), cwd="/")
+    try:
+        wait_until(lambda: ask(host, "tcp", BRIDGE_ADDRESS, 9003) == "host heard hello", what="the host's server")
+        for user in (ALICE, BOB, MALLORY):
+            for kind in ("tcp", "udp"):
+                assert ask(host, kind, BRIDGE_ADDRESS, 9003, user=user) == "host heard hello"
+    finally:
+        server.kill()
+
+
 def test_a_user_does_not_slip_in_on_the_source_port_of_the_owners_conversation(
         host: HostNamespace, web: Environment) -> None:
     program = ("import socket, sys\n"
