@@ -24,7 +24,8 @@ except ValueError:
 
 @pytest.mark.parametrize("where", ["terminal", "file"])
 def test_a_traceback_shows_frames_and_no_variables(where: str) -> None:
-    done = subprocess.run([sys.executable, "-c", PROGRAM, where], capture_output=True, text=True, timeout=30, check=True)
+    done = subprocess.run([sys.executable, "-c", PROGRAM, where], capture_output=True, text=True, timeout=30,
+                          check=True)
     said = done.stdout + done.stderr
     assert "broken" in said
     assert "start" in said
