@@ -65,6 +65,8 @@ CREATE TABLE templates (
     name TEXT NOT NULL,
     uid INTEGER NOT NULL,
     user TEXT NOT NULL,
+    gid INTEGER NOT NULL,
+    other_gids TEXT NOT NULL,
     warm INTEGER NOT NULL,
     specification TEXT NOT NULL,
     created_at TEXT NOT NULL,
@@ -166,7 +168,8 @@ class SqliteStore:
     def templates(self) -> list[Template]:
         """See ``core.interfaces.Store``."""
         with _translated():
-            return [Template(row["id"], row["name"], row["uid"], row["user"], row["warm"],
+            return [Template(row["id"], row["name"], row["uid"], row["user"], row["gid"],
+                             tuple(json.loads(row["other_gids"])), row["warm"],
                              msgspec.json.decode(row["specification"], type=wire.Specification), row["created_at"])
                     for row in self._db.execute("SELECT * FROM templates ORDER BY created_at, rowid")]
 
@@ -175,9 +178,10 @@ class SqliteStore:
         t = template
         with _translated():
             self._db.execute(
-                "INSERT INTO templates (id, name, uid, user, warm, specification, created_at)"
-                " VALUES (?, ?, ?, ?, ?, ?, ?)",
-                (t.id, t.name, t.uid, t.user, t.warm, msgspec.json.encode(t.specification).decode(), t.created_at))
+                "INSERT INTO templates (id, name, uid, user, gid, other_gids, warm, specification, created_at)"
+                " VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?)",
+                (t.id, t.name, t.uid, t.user, t.gid, json.dumps(t.groups), t.warm,
+                 msgspec.json.encode(t.specification).decode(), t.created_at))
 
     def delete_template(self, template_id: str) -> None:
         """See ``core.interfaces.Store``."""

@@ -7,7 +7,7 @@ does not keep waiting who asks for one. A line has an end, past which the answer
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 
 import trio
@@ -46,16 +46,27 @@ class Admission:
         return self._under_way
 
     @asynccontextmanager
-    async def turn(self, uid: int) -> AsyncIterator[None]:
-        """Wait for a turn of that user's, and have it. Raises Overloaded at once where too many wait already."""
+    async def turn(self, uid: int) -> AsyncIterator[Callable[[], None]]:
+        """Wait for a turn of that user's, and have it until what this gives is called, or to the end.
+
+        Raises Overloaded at once where too many wait already.
+        """
         if self._under_way < self._at_once:
             self._under_way += 1
         else:
             await self._wait(uid)
+        is_held = True
+
+        def give_back() -> None:
+            nonlocal is_held
+            if is_held:
+                is_held = False
+                self._pass_on()
+
         try:
-            yield
+            yield give_back
         finally:
-            self._pass_on()
+            give_back()
 
     async def _wait(self, uid: int) -> None:
         line = self._lines.get(uid, deque())

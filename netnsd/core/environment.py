@@ -94,12 +94,17 @@ class Environment:
 
 @dataclass(frozen=True, slots=True)
 class Template:
-    """A specification under a name. ``warm``: environments of it to keep in stock."""
+    """A specification under a name. ``warm``: environments of it to keep in stock.
+
+    ``gid`` and ``groups`` are those that its creator had: what is in stock runs with no others.
+    """
 
     id: str
     name: str
     uid: int
     user: str
+    gid: int
+    groups: tuple[int, ...]
     warm: int
     specification: wire.Specification
     created_at: str

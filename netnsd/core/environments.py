@@ -30,7 +30,7 @@ from netnsd.core.interfaces import Cgroups, Clock, Files, Firewall, Network, Ope
 from netnsd.core.pool import FIRST_SERVICE, Pool, SlotMaker, SlotSpoilt, messages
 from netnsd.core.quiet import Quiet
 from netnsd.core.registry import Blueprint, Registry, Settings
-from netnsd.core.supervisor import Supervisor, group_of
+from netnsd.core.supervisor import Supervisor, group_of, seen_by
 from netnsd.core.waiting import Aim, Waits
 from netnsd.errors import KernelError, NetnsdError, StoreError, WrongState
 
@@ -74,6 +74,7 @@ class Environments:
         self._furnished: set[str] = set()
         self._untidy: set[str] = set()  # have a name in /run/netns beside their own
         self._attended: set[str] = set()
+        self._removals: dict[str, trio.Event] = {}
         self._unsettled: deque[Environment] = deque()
         self._has_unsettled = trio.Event()
         self._quiet = Quiet()
@@ -109,7 +110,7 @@ class Environments:
         was_wrong = await self._a.firewall.check()
         async with trio.open_nursery() as nursery:
             for environment in self.registry.all():
-                if environment.state == "removing" and not self._lock(environment.id).statistics().locked:
+                if environment.state == "removing" and environment.id not in self._removals:
                     nursery.start_soon(self._remove_quietly, environment)
                 elif environment.id in self._untidy:
                     nursery.start_soon(self._tidy, environment)
@@ -135,6 +136,8 @@ class Environments:
         await self._a.firewall.restore([_opening(e) for e, _ in actions.adopt])
         for environment, services in actions.adopt:
             environment.state = "ready"
+            if FIRST_SERVICE not in environment.services:  # it may have come from the pool a moment ago
+                self._attended.add(environment.id)
             # Again, as the daemon may have been killed between the answer and that; done twice it changes nothing.
             self._settle(environment)
             self._supervisor.adopt(environment, services, reported=observed.running.keys())
@@ -151,18 +154,21 @@ class Environments:
         async def remove_files(name: str) -> None:
             self._a.files.remove(name)
 
-        steps = [
-            # Of a larger supernet there may be slots that this one has not.
-            *(partial(self._a.network.unwire, [(self._plan.slot(index), "")])
-              for index in actions.orphan_slots if index < self._plan.slots),
-            *(partial(self._a.cgroups.remove, name) for name in actions.orphan_cgroups),
-            *(partial(remove_files, name) for name in actions.orphan_files),
-        ]
-        for step in steps:
+        async def attempt(step: Callable[[], Awaitable[None]]) -> None:
             try:
                 await step()
             except (NetnsdError, ExceptionGroup) as error:
                 self._emit("orphan_left", 0, "", "", reason="; ".join(messages(error)))
+
+        # Of a larger supernet there may be slots that this one has not.
+        slots = [(self._plan.slot(index), "") for index in actions.orphan_slots if index < self._plan.slots]
+        async with trio.open_nursery() as nursery:
+            for name in actions.orphan_cgroups:
+                nursery.start_soon(attempt, partial(self._a.cgroups.remove, name))
+        for first in range(0, len(slots), _REMOVAL_BATCH):
+            await attempt(partial(self._a.network.unwire, slots[first:first + _REMOVAL_BATCH]))
+        for name in actions.orphan_files:
+            await attempt(partial(remove_files, name))
 
     async def _observe(self, desired: list[Environment]) -> reconcile.Observed:
         running, exited = await self._a.processes.known()
@@ -185,9 +191,14 @@ class Environments:
 
         Raises Overloaded where too many creations of the actor's wait already.
         """
-        with self._quiet.disturbed():
-            async with self.admission.turn(actor.uid):
-                return await self._create(request, actor)
+        with self._quiet.disturbed() as calm:
+            async with self.admission.turn(actor.uid) as give_back:
+                def wired() -> None:
+                    # A server may take as long to start as its user likes. Others do not wait for that.
+                    give_back()
+                    calm()
+
+                return await self._create(request, actor, wired)
 
     async def create_many(
         self, request: wire.CreateRequest, actor: Actor,
@@ -228,16 +239,16 @@ class Environments:
                 for environment in environments:
                     nursery.start_soon(self._remove_quietly, environment)
 
-    async def _create(self, request: wire.CreateRequest, actor: Actor) -> Environment:
+    async def _create(self, request: wire.CreateRequest, actor: Actor, wired: Callable[[], None]) -> Environment:
         blueprint = Blueprint.of(request, actor, self.settings)
         await self.make_way(request, actor)
         slot = self.pool.take()
         if slot is not None:
             try:
-                return await self._make(blueprint, actor, slot, is_warm=True)
+                return await self._make(blueprint, actor, slot, wired, is_warm=True)
             except SlotSpoilt as error:
                 self._emit("slot_spoilt", 0, "", "", slot=slot.index, reason=str(error))
-        return await self._make(blueprint, actor, self._plan.slot(self._slots.take()), is_warm=False)
+        return await self._make(blueprint, actor, self._plan.slot(self._slots.take()), wired, is_warm=False)
 
     async def make_way(self, request: wire.CreateRequest, actor: Actor) -> None:
         """Remove the actor's environment of that name, where the request says so."""
@@ -250,7 +261,8 @@ class Environments:
     async def stock(self, request: wire.CreateRequest, actor: Actor, template: str) -> Environment:
         """Make an environment that nobody sees until it is handed over. ``template``: the id that it is kept for."""
         blueprint = replace(Blueprint.of(request, actor, self.settings), stock=template)
-        return await self._make(blueprint, actor, self._plan.slot(self._slots.take()), is_warm=False)
+        async with self.admission.turn(actor.uid) as give_back:
+            return await self._make(blueprint, actor, self._plan.slot(self._slots.take()), give_back, is_warm=False)
 
     async def hand_over(self, environment: Environment, name: str, labels: dict[str, str]) -> Environment:
         """Give an environment of the stock its name and labels: its owner has it then, as if just created.
@@ -286,7 +298,9 @@ class Environments:
             self._untidy.add(environment.id)
             self._tell("furnish_failed", environment, reason=error.message)
 
-    async def _make(self, blueprint: Blueprint, actor: Actor, slot: Slot, *, is_warm: bool) -> Environment:
+    async def _make(self, blueprint: Blueprint, actor: Actor, slot: Slot, wired: Callable[[], None], *,
+                    is_warm: bool) -> Environment:
+        """``wired`` is called when the kernel's part is done, and only servers are to be started."""
         if not is_warm:
             self._a.network.expect()  # the kernel begins while the row is written
         try:
@@ -308,6 +322,7 @@ class Environments:
                 await made
             if environment.services:
                 await self._furnish(environment)
+                wired()
                 for service in list(environment.services.values()):
                     await self._supervisor.start(environment, service)
             self._waits.require(environment)  # it may have been removed meanwhile
@@ -481,17 +496,31 @@ class Environments:
         self._mark_removing(environments)
         assert self._nursery is not None
         for environment in environments:
-            self._nursery.start_soon(self._remove_quietly, environment)
+            if environment.id not in self._removals:
+                self._nursery.start_soon(self._remove_quietly, environment)
 
     async def _remove(self, environment: Environment) -> None:
+        under_way = self._removals.get(environment.id)
+        if under_way is not None:
+            await under_way.wait()
+            if environment in self.registry:
+                raise KernelError(f"{environment.name!r} could not be removed whole",
+                                  hint="It is tried again every minute.")
+        if environment not in self.registry:
+            return
+        ended = self._removals[environment.id] = trio.Event()
         lock = self._lock(environment.id)
-        with trio.CancelScope(shield=True):
-            await self._wrest(environment, lock)
-            try:
-                if environment in self.registry:
-                    await self._tear_down(environment)
-            finally:
-                lock.release()
+        try:
+            with trio.CancelScope(shield=True):
+                await self._wrest(environment, lock)
+                try:
+                    if environment in self.registry:
+                        await self._tear_down(environment)
+                finally:
+                    lock.release()
+        finally:
+            del self._removals[environment.id]
+            ended.set()
 
     async def _wrest(self, environment: Environment, lock: trio.Lock) -> None:
         """Take the lock from who waits for servers to start or to end: kill them, again while new ones come."""
@@ -570,6 +599,7 @@ class Environments:
 
     def _mark_removing(self, environments: Sequence[Environment]) -> None:
         """Say that they go. Where even that cannot be written they go all the same, and it is tried again."""
+        environments = [environment for environment in environments if environment.state != "removing"]
         for environment in environments:
             environment.state = "removing"
         try:
@@ -588,7 +618,7 @@ class Environments:
         return _Turn(self._lock(environment.id), partial(self._waits.require, environment))
 
     def _tell(self, kind: str, environment: Environment, **details: Any) -> None:
-        self._emit(kind, environment.uid, environment.id, environment.name, **details)
+        self._emit(kind, seen_by(environment), environment.id, environment.name, **details)
 
 
 @dataclass(frozen=True, slots=True)

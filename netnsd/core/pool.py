@@ -129,7 +129,7 @@ class Pool:
             self._asked.append(trio.current_time())
             self._pulse()
         if not self._ready:
-            self.missed += 1
+            self.missed += bool(self.size)
             return None
         self.claimed += 1
         return self._ready.popleft()

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 import trio
@@ -20,14 +20,22 @@ class Quiet:
         self._last = 0.0
 
     @contextmanager
-    def disturbed(self) -> Iterator[None]:
-        """Somebody waits until this ends."""
+    def disturbed(self) -> Iterator[Callable[[], None]]:
+        """Somebody waits until what this gives is called, or to the end."""
         self._busy += 1
+        is_disturbed = True
+
+        def calm() -> None:
+            nonlocal is_disturbed
+            if is_disturbed:
+                is_disturbed = False
+                self._busy -= 1
+                self._last = trio.current_time()
+
         try:
-            yield
+            yield calm
         finally:
-            self._busy -= 1
-            self._last = trio.current_time()
+            calm()
 
     async def wait(self) -> None:
         """Return when nobody waits, and nobody did a moment ago; after half a second in any case."""

@@ -250,7 +250,12 @@ class Supervisor:
         return True
 
     def _tell(self, kind: str, environment: Environment, service: str, **details: object) -> None:
-        self._emit(kind, environment.uid, environment.id, environment.name, service=service, **details)
+        self._emit(kind, seen_by(environment), environment.id, environment.name, service=service, **details)
+
+
+def seen_by(environment: Environment) -> int:
+    """Whose events an environment's are: its owner's, or while it is in stock and nobody knows it, root's."""
+    return 0 if environment.stock else environment.uid
 
 
 def group_of(slot: Slot, service: str) -> str:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 import uuid
 from collections.abc import Awaitable, Callable
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 import msgspec
@@ -26,6 +27,7 @@ if TYPE_CHECKING:
 
 MOST_WARM = 64
 MOST_TEMPLATES = 100
+MOST_BYTES = 1 << 20  # of one user's specifications, as JSON
 _READY_SECONDS = 60.0
 _FIRST_AGAIN_SECONDS, _LONGEST_AGAIN_SECONDS = 1.0, 60.0
 _CALM_SECONDS = 2 * (_READY_SECONDS + _LONGEST_AGAIN_SECONDS)
@@ -86,8 +88,12 @@ class Templates:
                             name=name)
         if existing is None and sum(t.uid == actor.uid for t in self._by_id.values()) >= MOST_TEMPLATES:
             raise InvalidRequest(f"you have {MOST_TEMPLATES} templates already", hint="Remove one.")
-        template = Template(str(uuid.uuid4()), name, actor.uid, actor.user, request.warm, request.specification,
-                            self._clock.now())
+        others = sum(_size(t.specification) for t in self._by_id.values() if t.uid == actor.uid and t is not existing)
+        if others + _size(request.specification) > MOST_BYTES:
+            raise InvalidRequest(f"your templates would take more than {MOST_BYTES >> 10} KiB",
+                                 hint="Remove one, or give fewer variables (--clean-env).")
+        template = Template(str(uuid.uuid4()), name, actor.uid, actor.user, actor.gid, actor.groups, request.warm,
+                            request.specification, self._clock.now())
         with self._store.transaction():
             if existing is not None:
                 self._store.delete_template(existing.id)
@@ -231,6 +237,12 @@ class Templates:
         actor = await self._account(template.uid)
         if actor is None:
             raise WrongState(f"there is no user {template.user!r} any more", hint="Remove the template.")
+        # What a login would give now, and of that only what the creator of the template had.
+        groups = {actor.gid, *actor.groups}
+        if template.gid not in groups:
+            raise WrongState(f"{template.user!r} is not in the template's group {template.gid} any more",
+                             hint="Add the template again.")
+        actor = replace(actor, gid=template.gid, groups=tuple(g for g in template.groups if g in groups))
         environment = await self._environments.stock(_created(template.specification, name), actor, template.id)
         try:
             await self._environments.wait(environment, "ready", _READY_SECONDS)
@@ -258,6 +270,10 @@ class Templates:
 def _is_good(environment: Environment) -> bool:
     """Whether it can be handed over: ready, and no service of it has ended."""
     return environment.state == "ready" and all(s.state == "running" for s in environment.services.values())
+
+
+def _size(wanted: wire.Specification) -> int:
+    return len(msgspec.json.encode(wanted))
 
 
 def _created(wanted: wire.Specification, name: str | None = None) -> wire.CreateRequest:

@@ -210,24 +210,33 @@ class Child:
 
     def _set_limits(self) -> None:
         for kind, most in self._order.hard_limits:
-            soft, hard = resource.getrlimit(kind)
-            if most >= 0 and (hard == resource.RLIM_INFINITY or most < hard):
-                resource.setrlimit(kind, (most if soft == resource.RLIM_INFINITY else min(soft, most), most))
+            if kind != resource.RLIMIT_NOFILE:
+                _bound(kind, most)
         if self._settings.adjust_oom:
             # Without CAP_SYS_RESOURCE the kernel refuses to lower it: then it stays as the launcher's.
             with contextlib.suppress(PermissionError):
                 fd = os.open("/proc/self/oom_score_adj", os.O_WRONLY | os.O_CLOEXEC)
                 os.write(fd, b"0")
+        for kind, wanted in self._order.limits:
+            if kind != resource.RLIMIT_NOFILE:
+                _allow(kind, wanted)
+
+    def _limit_descriptors(self) -> None:
+        """Last: descriptors come in until then. Lowering needs no right."""
+        for kind, most in self._order.hard_limits:
+            if kind == resource.RLIMIT_NOFILE:
+                _bound(kind, most)
         for kind, wanted in ((resource.RLIMIT_NOFILE, self._settings.soft_nofile), *self._order.limits):
-            hard = resource.getrlimit(kind)[1]
-            soft = wanted if hard == resource.RLIM_INFINITY else hard if wanted < 0 else min(wanted, hard)
-            resource.setrlimit(kind, (soft, hard))
+            if kind == resource.RLIMIT_NOFILE:
+                _allow(kind, wanted)
 
     def _drop_ids(self) -> None:
         order = self._order
         os.setgroups(order.groups)
         os.setresgid(order.gid, order.gid, order.gid)
         os.setresuid(order.uid, order.uid, order.uid)
+        # This is still a copy of the launcher's memory, with what other users' orders left there. exec takes it back.
+        libc.prctl(libc.PR_SET_DUMPABLE, 0)
         # The launcher's is dead (see launcher.main). Without one of its own, as with too many keys, a command goes on.
         with contextlib.suppress(OSError):
             libc.join_session_keyring()
@@ -274,8 +283,11 @@ class Child:
         with contextlib.suppress(OSError):  # then exec takes longer
             self._holder = libc.hold_memory(HOLD_SECONDS)
             send(self._channel, HOLDER, (self._holder,))
-        if not receive(self._channel)[0]:  # nobody would know of the command
+        answer, fds = receive(self._channel)
+        if not answer:  # nobody would know of the command
             raise StageError("exec", errno.ECANCELED)
+        if not fds:  # the limit on descriptors is in force: without the pipe any end would be taken for an exec
+            raise StageError("limits", errno.EMFILE, "nofile")
 
     def _execute(self) -> NoReturn:
         """As execvp(3) in the command's own PATH, but with the reasons that a shell gives."""
@@ -297,6 +309,20 @@ class Child:
             except PermissionError:
                 found = errno.EACCES
         raise StageError("exec", found, name.decode("utf-8", "surrogateescape"))
+
+
+def _bound(kind: int, most: int) -> None:
+    """What no command's limit may exceed."""
+    soft, hard = resource.getrlimit(kind)
+    if most >= 0 and (hard == resource.RLIM_INFINITY or most < hard):
+        resource.setrlimit(kind, (most if soft == resource.RLIM_INFINITY else min(soft, most), most))
+
+
+def _allow(kind: int, wanted: int) -> None:
+    """The soft limit that is wanted, as far as the hard one lets."""
+    hard = resource.getrlimit(kind)[1]
+    soft = wanted if hard == resource.RLIM_INFINITY else hard if wanted < 0 else min(wanted, hard)
+    resource.setrlimit(kind, (soft, hard))
 
 
 _REHEARSAL = json.dumps({
@@ -325,5 +351,6 @@ _STEPS = (
     ("privileges", Child._drop_privileges),
     ("stdio", Child._set_descriptors),
     ("exec", Child._share_memory),
+    ("limits", Child._limit_descriptors),
     ("exec", Child._execute),
 )

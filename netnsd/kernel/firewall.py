@@ -143,13 +143,16 @@ class NftFirewall:
     async def open(self, opening: Opening) -> None:
         """See ``core.interfaces.Firewall``."""
         await trio.lowlevel.checkpoint_if_cancelled()
-        if self._changing.acquire(blocking=False):
-            try:
-                self._open(opening)
-            finally:
-                self._changing.release()
-        else:
-            await self._thread.run(self._in_turn(lambda: self._open(opening)), Priority.CREATE)
+        try:
+            if self._changing.acquire(blocking=False):
+                try:
+                    self._open(opening)
+                finally:
+                    self._changing.release()
+            else:
+                await self._thread.run(self._in_turn(lambda: self._open(opening)), Priority.CREATE)
+        except FileNotFoundError:  # another tool took the table away a moment ago
+            await self._thread.run(self._in_turn(lambda: self._open_anew(opening)), Priority.CREATE)
 
     async def close(self, openings: Sequence[Opening]) -> None:
         """See ``core.interfaces.Firewall``."""
@@ -197,9 +200,18 @@ class NftFirewall:
         assert self._elements is not None
         try:
             self._elements.add(_packed([opening]))
+        except FileNotFoundError:
+            raise
         except OSError as error:
             raise KernelError.at("nftables", error) from error
         self._desired[opening.address] = opening
+
+    def _open_anew(self, opening: Opening) -> None:
+        self._put_right()
+        try:
+            self._open(opening)
+        except FileNotFoundError as error:
+            raise KernelError.at("nftables", error) from error
 
     def _close(self, openings: Sequence[Opening]) -> None:
         assert self._elements is not None

@@ -27,6 +27,7 @@ _NESTED = 0x8000
 _HEADER = struct.Struct("=IHHII")
 _GENERIC = struct.Struct(">BBH")
 _ATTRIBUTE = struct.Struct("=HH")
+_U32 = struct.Struct("=I")
 # A list of elements is one attribute, whose length has 16 bits; an element of ours takes 40 bytes at most.
 _ELEMENTS_EACH = 1000
 _RECEIVE_BYTES = 65536
@@ -47,6 +48,7 @@ class ElementSocket:
         self._socket = socket.socket(socket.AF_NETLINK, socket.SOCK_RAW | socket.SOCK_CLOEXEC, _NETLINK_NETFILTER)
         self._socket.bind((0, 0))
         self._socket.setsockopt(_SOL_NETLINK, _NETLINK_CAP_ACK, 1)
+        self._sequence = 1
 
     def close(self) -> None:
         """Close the socket."""
@@ -68,18 +70,22 @@ class ElementSocket:
         waiting = len(messages) - 2
         if waiting <= 0:
             return
-        self._socket.send(b"".join(messages))
+        start = self._sequence
+        self._sequence = (start + len(messages)) & 0x7FFFFFFF
+        self._socket.send(b"".join(message[:8] + _U32.pack(start + number) + message[12:]
+                                   for number, message in enumerate(messages)))
         failure = 0
         while waiting > 0:
             data = self._socket.recv(_RECEIVE_BYTES)
             offset = 0
             while offset < len(data):
                 length, kind, _flags, sequence, _pid = _HEADER.unpack_from(data, offset)
-                if kind == _NLMSG_ERROR:
+                # What an earlier transaction left unread has another number.
+                if kind == _NLMSG_ERROR and 0 <= sequence - start < len(messages):
                     number = -struct.unpack_from("=i", data, offset + _HEADER.size)[0]
                     failure = failure or number
-                    # A batch that is refused as a whole answers for its first message, with sequence 0.
-                    waiting = 0 if sequence == 0 else waiting - 1
+                    # A batch that is refused as a whole answers for its first message.
+                    waiting = 0 if sequence == start else waiting - 1
                 offset += (length + 3) & ~3
         if failure:
             raise OSError(failure, os.strerror(failure))
@@ -93,8 +99,8 @@ def batch(kind: int, table: bytes, elements: dict[str, list[Element]]) -> list[b
         for first in range(0, len(pairs), _ELEMENTS_EACH):
             body = _GENERIC.pack(socket.AF_INET, 0, 0) + table + _text(_SET, name) + _attribute(
                 _ELEMENTS | _NESTED, b"".join(_element(*pair) for pair in pairs[first:first + _ELEMENTS_EACH]))
-            messages.append(_HEADER.pack(_HEADER.size + len(body), _NFNL_SUBSYS_NFTABLES << 8 | kind, flags,
-                                         len(messages), 0) + body)
+            messages.append(_HEADER.pack(_HEADER.size + len(body), _NFNL_SUBSYS_NFTABLES << 8 | kind, flags, 0, 0)
+                            + body)
     messages.append(_control(_BATCH_END))
     return messages
 

@@ -49,8 +49,8 @@ def test_a_batch_names_table_sets_and_elements(kind: int, flags: int) -> None:
     for control, number in ((begin, 0x10), (end, 0x11)):
         length, found, its_flags, _sequence, _pid, _family, _version, subsystem = struct.unpack("=IHHIIBB2s", control)
         assert (length, found, its_flags, subsystem) == (len(control), number, REQUEST, b"\0\x0a")
-    for number, message in enumerate((published, owners), 1):
-        assert struct.unpack_from("=IHHII", message) == (len(message), 10 << 8 | kind, flags, number, 0)
+    for message in (published, owners):
+        assert struct.unpack_from("=IHHII", message) == (len(message), 10 << 8 | kind, flags, 0, 0)
     assert decoded(published) == {"table": "netnsd", "set": "published", "pairs": [(KEY, DATA)]}
     assert decoded(owners) == {"table": "netnsd", "set": "owners", "pairs": [(OWNER, b"")]}
 

@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 from collections.abc import AsyncIterator
@@ -180,3 +181,27 @@ async def test_holder_has_the_commands_rights_and_ends_by_itself(world: World) -
 def _freeze(world: World, state: str) -> None:
     with open(world.tree.path("nd0/main") + "/cgroup.freeze", "w") as file:
         file.write(state)
+
+
+@pytest.mark.parametrize("nofile", [3, 5, 6, 8])
+@pytest.mark.parametrize("is_prepared", [True, False])
+async def test_a_start_that_fails_for_its_limit_on_descriptors_is_told(
+    world: World, nofile: int, is_prepared: bool
+) -> None:
+    """What is too little for the launcher's own descriptors is no success, whichever step notices."""
+    if is_prepared:
+        await prepared(world)
+    with pytest.raises(LaunchFailed):
+        await world.processes.launch(world.order("/missing", limits={"nofile": nofile}))
+    await until(lambda: not world.tree.populated("nd0/main"))
+
+
+async def test_the_copy_of_the_launchers_memory_is_not_the_users(world: World) -> None:
+    """Neither the child, from where it has the user's ids, nor its holder can be read by that user."""
+    pid = await prepared(world)
+    await world.processes.launch(world.order("sleep", "60"))
+    for member in world.tree.pids("nd0/main"):
+        if member != pid:
+            with contextlib.suppress(FileNotFoundError):
+                assert os.stat(f"/proc/{member}/mem").st_uid == 0
+    assert os.stat(f"/proc/{pid}/mem").st_uid == UID, "the command itself is its user's"

@@ -81,7 +81,7 @@ def template(number: int = 0, **changes: object) -> Template:
         services=[wire.ServiceRequest(name="web", command=["sh", "-c", "é\n"], env={"A": "x=y"}, setuid=True)],
         ports=[wire.PortRequest(port=53, protocol="udp"), wire.PortRequest(port=80, publish=20000)],
         env={"SECRET": "\U0001f600"}, cwd="/srv", labels={"team/x": "ü"}, umask=0o27, limits={"nofile": -1})
-    made = Template(f"t{number}", f"shop{number}", 1001, "alice", 3, wanted,
+    made = Template(f"t{number}", f"shop{number}", 1001, "alice", 100, (27, 100), 3, wanted,
                     f"2030-01-01T00:00:0{number}.000000Z")
     return dataclasses.replace(made, **changes)  # type: ignore[arg-type]
 
