@@ -191,14 +191,9 @@ class Environments:
 
         Raises Overloaded where too many creations of the actor's wait already.
         """
-        with self._quiet.disturbed() as calm:
+        with self._quiet.disturbed():
             async with self.admission.turn(actor.uid) as give_back:
-                def wired() -> None:
-                    # A server may take as long to start as its user likes. Others do not wait for that.
-                    give_back()
-                    calm()
-
-                return await self._create(request, actor, wired)
+                return await self._create(request, actor, give_back)
 
     async def create_many(
         self, request: wire.CreateRequest, actor: Actor,
@@ -322,7 +317,7 @@ class Environments:
                 await made
             if environment.services:
                 await self._furnish(environment)
-                wired()
+                wired()  # a server may take as long to start as its user likes: others do not wait for that
                 for service in list(environment.services.values()):
                     await self._supervisor.start(environment, service)
             self._waits.require(environment)  # it may have been removed meanwhile
