@@ -21,6 +21,7 @@ from netnsd.errors import NetnsdError, NotRoot
 from netnsd.kernel import launcher as launcher_module
 from netnsd.observability import logs
 
+_SWITCH_SECONDS = 0.0005
 _log = structlog.get_logger()
 
 
@@ -51,6 +52,8 @@ def serve(file: Path | None, runtime_dir: Path, state_dir: Path, *, external_lau
         os.umask(0o022)
         node = Node(config, runtime_dir.absolute(), state_dir.absolute(), passed,
                     starts_launcher=not external_launcher)
+        # The thread that wires needs the interpreter between any two system calls, and would wait up to 5 ms for it.
+        sys.setswitchinterval(_SWITCH_SECONDS)
         trio.run(_run, node, notifier, config.daemon.grace_seconds)
     except (NetnsdError, BaseExceptionGroup) as error:
         _fail(error)

@@ -124,8 +124,11 @@ class Subject:
         return (counts["claimed"], counts["missed"]) if counts else None
 
     def memory_mib(self) -> tuple[float, float]:
-        """Resident memory of the daemon and of the launcher, in MiB."""
-        launcher = sum(_resident_kib(pid) for pid in self.launcher_pids())
+        """Resident memory of the daemon, and of the launcher with the children that wait, in MiB.
+
+        Children share most of the launcher's pages, and each shared page counts once (Pss in proc(5)).
+        """
+        launcher = sum(_proportional_kib(pid) for pid in self.launcher_pids())
         return _resident_kib(self.daemon.pid) / 1024, launcher / 1024
 
     def cpu_seconds(self) -> float:
@@ -134,7 +137,7 @@ class Subject:
         By the processes' CPU clocks, which count what utime and stime count, but in nanoseconds (see
         pthread_getcpuclockid(3); the number is made as in linux/posix-timers.h).
         """
-        return sum(time.clock_gettime((~pid << 3) | 2) for pid in [self.daemon.pid, *self.launcher_pids()])
+        return sum(time.clock_gettime((~pid << 3) | 2) for pid in [self.daemon.pid, *filter(_is_launcher, self.launcher_pids())])
 
     def launcher_pids(self) -> list[int]:
         """The launcher's processes."""
@@ -214,6 +217,17 @@ def _processor_ticks() -> tuple[int, int]:
     with open("/proc/stat", encoding="ascii") as stat:
         ticks = [int(part) for part in stat.readline().split()[1:9]]
     return ticks[3] + ticks[4], sum(ticks)
+
+
+def _is_launcher(pid: int) -> bool:
+    """Whether it is the launcher itself: children that wait come and go, and do nothing."""
+    with open(f"/proc/{pid}/comm", encoding="utf-8") as file:
+        return file.read().strip() == "netnsd-launcher"
+
+
+def _proportional_kib(pid: int) -> int:
+    with open(f"/proc/{pid}/smaps_rollup", encoding="ascii") as file:
+        return next(int(line.split()[1]) for line in file if line.startswith("Pss:"))
 
 
 def _resident_kib(pid: int) -> int:
