@@ -296,15 +296,12 @@ class Environments:
     async def _make(self, blueprint: Blueprint, actor: Actor, slot: Slot, wired: Callable[[], None], *,
                     is_warm: bool) -> Environment:
         """``wired`` is called when the kernel's part is done, and only servers are to be started."""
-        if not is_warm:
-            self._a.network.expect()  # the kernel begins while the row is written
         try:
             environment = self.registry.reserve(blueprint, actor, slot)
         except BaseException:
             if is_warm:
                 self.pool.put_back(slot)
             else:
-                self._a.network.forgo()
                 self._slots.release(slot.index)
             raise
         lock = self._lock(environment.id)
@@ -327,8 +324,6 @@ class Environments:
             self._supervisor.pulse()
         except BaseException as error:
             was_removed = environment.state == "removing"
-            if not is_warm:
-                self._a.network.forgo()
             with trio.move_on_after(_UNDO_SECONDS, shield=True):
                 await self._undo(environment)
             if was_removed and isinstance(error, NetnsdError):  # what failed did so for that

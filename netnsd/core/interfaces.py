@@ -146,14 +146,6 @@ class Listener:
 class Network(Protocol):
     """Namespaces, links and addresses."""
 
-    def expect(self) -> None:
-        """A ``wire`` follows at once: begin what leaves nothing behind should it not. It fails in silence."""
-        ...
-
-    def forgo(self) -> None:
-        """A ``wire`` that was expected does not follow, or failed: keep nothing for it."""
-        ...
-
     def wire(self, slot: Slot, netns: str) -> Awaitable[None]:
         """Make the namespace, pin it as the slot's and under the name ``netns``, and wire it to its bridge.
 

@@ -101,17 +101,6 @@ class NamespaceThread:
         self._put(priority, call)
         return outcome()
 
-    def post(self, job: _Job, priority: Priority) -> None:
-        """Have ``job``, which raises nothing, run in the thread; nobody waits for it."""
-        def call() -> None:
-            try:
-                job()
-            finally:
-                libc.setns(self._host_fd, libc.CLONE_NEWNET)
-
-        if not self._closed:
-            self._put(priority, call)
-
     def _put(self, priority: Priority, job: _Job | None) -> None:
         heapq.heappush(self._jobs, (priority, next(self._order), job))
         self._more.put(None)

@@ -26,7 +26,6 @@ from netnsd.kernel.namespace_thread import NamespaceThread, Priority
 
 NETNS_DIRECTORY = Path("/run/netns")
 REMOVALS_AT_ONCE = 2
-_MOST_BEGUN = 8
 _GONE = frozenset({errno.ENODEV, errno.ENOENT, errno.ESRCH})
 
 T = TypeVar("T")
@@ -46,7 +45,6 @@ class KernelNetwork:
         self._pins = runtime / "slots"
         self._bridges = bridges.Bridges(mtu_bytes)
         self._route: rtnetlink.RouteSocket | None = None
-        self._begun: list[int] = []
         self._has_ipv6 = os.path.exists("/proc/sys/net/ipv6")
         # A deletion waits 10 ms and more at its end for grace periods of RCU, in which the next can begin.
         self._removals = trio.CapacityLimiter(REMOVALS_AT_ONCE)
@@ -63,14 +61,6 @@ class KernelNetwork:
     async def close(self, *, remove: bool) -> None:
         """Close sockets; with ``remove`` take bridges and mounts away (no environment is left)."""
         await self._thread.run(lambda: self._close(remove=remove), Priority.CREATE)
-
-    def expect(self) -> None:
-        """See ``core.interfaces.Network``."""
-        self._thread.post(self._begin, Priority.CREATE)
-
-    def forgo(self) -> None:
-        """See ``core.interfaces.Network``."""
-        self._thread.post(self._drop_begun, Priority.CREATE)
 
     def wire(self, slot: Slot, netns: str) -> Awaitable[None]:
         """See ``core.interfaces.Network``."""
@@ -144,8 +134,6 @@ class KernelNetwork:
         self._bridges.load()
 
     def _close(self, *, remove: bool) -> None:
-        while self._begun:
-            os.close(self._begun.pop())
         if self._route is not None:
             self._route.close()
             self._route = None
@@ -153,30 +141,6 @@ class KernelNetwork:
             self._bridges.remove()
             libc.umount2(str(self._pins), libc.MNT_DETACH)
             self._pins.rmdir()
-
-    def _begin(self) -> None:
-        """Make a namespace that nothing holds but our descriptor: it leaves nothing behind, whatever happens."""
-        if len(self._begun) < _MOST_BEGUN:
-            with contextlib.suppress(OSError):  # who needs it makes it, and hears of it
-                namespace_thread.enter_new()
-                self._begun.append(namespace_thread.open_own())
-
-    def _drop_begun(self) -> None:
-        if self._begun:
-            os.close(self._begun.pop())
-
-    def _enter_new(self) -> int:
-        """Put the thread in a new namespace; returns a descriptor of it, which the caller closes."""
-        if self._begun:
-            own = self._begun.pop()
-            try:
-                libc.setns(own, libc.CLONE_NEWNET)
-            except BaseException:
-                os.close(own)
-                raise
-            return own
-        namespace_thread.enter_new()
-        return namespace_thread.open_own()
 
     def _wire(self, slot: Slot, netns: str | None) -> None:
         """Make everything of a slot; its name comes last, so that what has its name is whole."""
@@ -186,7 +150,8 @@ class KernelNetwork:
             with ExitStack() as undo:
                 self._bridges.ensure(slot.bridge)
                 stage = "namespace"
-                own = self._enter_new()
+                namespace_thread.enter_new()
+                own = namespace_thread.open_own()
                 undo.callback(os.close, own)
                 stage = "pin"
                 namespace_thread.unpin(self._pin(slot.index))  # one that is there is ours, of a slot that is free

@@ -137,7 +137,8 @@ class Subject:
         By the processes' CPU clocks, which count what utime and stime count, but in nanoseconds (see
         pthread_getcpuclockid(3); the number is made as in linux/posix-timers.h).
         """
-        return sum(time.clock_gettime((~pid << 3) | 2) for pid in [self.daemon.pid, *filter(_is_launcher, self.launcher_pids())])
+        pids = [self.daemon.pid, *filter(_is_launcher, self.launcher_pids())]
+        return sum(time.clock_gettime((~pid << 3) | 2) for pid in pids)
 
     def launcher_pids(self) -> list[int]:
         """The launcher's processes."""

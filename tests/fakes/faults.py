@@ -14,7 +14,7 @@ import trio
 from netnsd.errors import KernelError, StoreError
 
 # Looks, and a message that is not answered: by the protocols they cannot fail.
-_NOT_STEPS = frozenset({"exits", "expect", "forgo", "populated", "pids", "acknowledge", "observe", "processes.prepare"})
+_NOT_STEPS = frozenset({"exits", "populated", "pids", "acknowledge", "observe", "processes.prepare"})
 
 
 @dataclass(slots=True)

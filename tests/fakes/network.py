@@ -27,12 +27,6 @@ class FakeNetwork:
         self.furnished: dict[int, tuple[Publication, ...]] = {}
         self.heard: dict[int, set[Listener]] = {}
 
-    def expect(self) -> None:
-        pass
-
-    def forgo(self) -> None:
-        pass
-
     async def wire(self, slot: Slot, netns: str) -> None:
         await trio.lowlevel.checkpoint()
         if self.is_taken(netns):
