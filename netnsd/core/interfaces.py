@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Awaitable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
-from typing import Protocol
+from typing import Any, Protocol
 
 import trio
 
@@ -316,3 +316,22 @@ class Clock(Protocol):
     def now(self) -> str:
         """The time in UTC, RFC 3339 with microseconds."""
         ...
+
+
+@dataclass(frozen=True, slots=True)
+class Adapters:
+    """What core works with."""
+
+    network: Network
+    firewall: Firewall
+    processes: Processes
+    cgroups: Cgroups
+    store: Store
+    files: Files
+    clock: Clock
+
+
+class Emit(Protocol):
+    """Tells what happened; ``uid`` is the environment's owner's."""
+
+    def __call__(self, kind: str, uid: int, environment: str, name: str, **details: Any) -> None: ...

@@ -22,7 +22,7 @@ from netnsd.core.supervisor import group_of
 from netnsd.errors import NetnsdError
 
 if TYPE_CHECKING:
-    from netnsd.core.environments import Adapters
+    from netnsd.core.interfaces import Adapters
 
 MOST_SLOTS = 1000
 FIRST_SERVICE = "main"  # what a plain command is called

@@ -20,7 +20,7 @@ from netnsd.errors import NetnsdError, StoreError
 
 if TYPE_CHECKING:
     from netnsd.core.addressing import Slot
-    from netnsd.core.environments import Adapters, Emit
+    from netnsd.core.interfaces import Adapters, Emit
 
 _REPORT_SECONDS = 1.0
 _WATCH_AGAIN_SECONDS = 1.0

@@ -23,7 +23,8 @@ from netnsd.errors import InvalidRequest, KernelError, NameTaken, NetnsdError, N
 
 if TYPE_CHECKING:
     from netnsd.core.actor import Actor
-    from netnsd.core.environments import Adapters, Emit, Environments
+    from netnsd.core.environments import Environments
+    from netnsd.core.interfaces import Adapters, Emit
 
 MOST_WARM = 64
 MOST_TEMPLATES = 100

@@ -25,7 +25,8 @@ from netnsd.api.closing import Closer
 from netnsd.api.routes import Context
 from netnsd.api.server import Gate, HttpServer
 from netnsd.core import views
-from netnsd.core.environments import Adapters, Environments
+from netnsd.core.environments import Environments
+from netnsd.core.interfaces import Adapters
 from netnsd.core.pool import PoolSettings
 from netnsd.core.registry import Settings
 from netnsd.core.templates import Templates

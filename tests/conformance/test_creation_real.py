@@ -13,7 +13,8 @@ import trio
 import trio.testing
 
 from netnsd import wire
-from netnsd.core.environments import Adapters, Environments
+from netnsd.core.environments import Environments
+from netnsd.core.interfaces import Adapters
 from netnsd.core.registry import Settings
 from netnsd.errors import LaunchFailed, NetnsdError
 from netnsd.kernel import bridges, libc, namespace_thread, rtnetlink

@@ -13,7 +13,8 @@ import trio
 from netnsd import wire
 from netnsd.core.actor import Actor
 from netnsd.core.addressing import Plan
-from netnsd.core.environments import Adapters, Environments
+from netnsd.core.environments import Environments
+from netnsd.core.interfaces import Adapters
 from netnsd.core.pool import PoolSettings
 from netnsd.core.registry import Settings
 from netnsd.core.templates import Templates
@@ -102,10 +103,10 @@ class World:
             "logs": [fd for fd in self.files.descriptors if _is_open(fd)],
             "launches": dict(self.environments._supervisor._launches),
             "early": dict(self.environments._supervisor._early),
-            "furnished ids": set(self.environments._furnished),
-            "untidy": set(self.environments._untidy),
-            "attended": set(self.environments._attended),
-            "locks": dict(self.environments._locks),
+            "furnished ids": set(self.environments._particulars.furnished),
+            "untidy": set(self.environments._particulars.untidy),
+            "attended": set(self.environments._particulars.attended),
+            "locks": dict(self.environments._particulars._locks),
         }
         return {name: value for name, value in found.items() if value}
 
