@@ -72,8 +72,16 @@ CREATE TABLE templates (
     created_at TEXT NOT NULL,
     UNIQUE (uid, name)
 ) STRICT;
+""", """
+ALTER TABLE environments ADD COLUMN resources TEXT NOT NULL DEFAULT '{}';
+ALTER TABLE services ADD COLUMN restart TEXT NOT NULL DEFAULT 'no';
+ALTER TABLE services ADD COLUMN health_check TEXT;
+ALTER TABLE services ADD COLUMN restarts INTEGER NOT NULL DEFAULT 0;
+ALTER TABLE services ADD COLUMN tries INTEGER NOT NULL DEFAULT 0;
+ALTER TABLE services ADD COLUMN health TEXT;
 """)
 SCHEMA_VERSION = len(_MIGRATIONS)
+_HEADER_BYTES = 100  # of the first page
 
 
 class SqliteStore:
@@ -91,6 +99,7 @@ class SqliteStore:
         self._lock = _lock(directory)
         with contextlib.ExitStack() as undo:
             undo.callback(os.close, self._lock)
+            _require_known(_version_of(directory / "netnsd.db"))
             with _translated():
                 self._db = sqlite3.connect(directory / "netnsd.db", isolation_level=None, timeout=5.0)
                 undo.callback(self._db.close)
@@ -127,15 +136,13 @@ class SqliteStore:
                     PublishedPort(row["port"], row["protocol"], row["published"], row["listen"]))
             services: dict[str, dict[str, Service]] = {}
             for row in self._db.execute("SELECT * FROM services ORDER BY rowid"):
-                services.setdefault(row["environment"], {})[row["name"]] = Service(
-                    row["name"], _command(row["command"]), row["state"], row["pid"], row["launch_id"],
-                    row["exit_code"])
+                services.setdefault(row["environment"], {})[row["name"]] = _service(row)
             return [
                 Environment(
                     id=row["id"], name=row["name"], uid=row["uid"], user=row["user"],
                     slot=self._slot(row["slot"]), netns=row["netns"], labels=json.loads(row["labels"]),
                     share=row["share"], created_at=row["created_at"], boot_id=row["boot_id"],
-                    stock=row["stock"],
+                    stock=row["stock"], resources=msgspec.json.decode(row["resources"], type=wire.Resources),
                     ports=tuple(ports.get(row["id"], ())), state=row["state"], services=services.get(row["id"], {}))
                 for row in self._db.execute("SELECT * FROM environments ORDER BY created_at, rowid")
             ]
@@ -146,16 +153,17 @@ class SqliteStore:
         with _translated():
             self._db.execute(
                 "INSERT INTO environments (id, name, uid, user, slot, netns, labels, share, state, created_at, boot_id,"
-                " stock) VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)",
+                " stock, resources) VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)",
                 (e.id, e.name, e.uid, e.user, e.slot.index, e.netns, json.dumps(e.labels), e.share, e.state,
-                 e.created_at, e.boot_id, e.stock))
+                 e.created_at, e.boot_id, e.stock, msgspec.json.encode(e.resources).decode()))
             self._db.executemany(
                 "INSERT INTO ports (environment, port, protocol, published, listen) VALUES (?, ?, ?, ?, ?)",
                 [(e.id, p.port, p.protocol, p.published, p.listen) for p in e.ports])
             self._db.executemany(
-                "INSERT INTO services (environment, name, command, state, pid, launch_id, exit_code)"
-                " VALUES (?, ?, ?, ?, ?, ?, ?)",
-                [(e.id, s.name, _dumped(s.command), s.state, s.pid, s.launch_id, s.exit_code)
+                "INSERT INTO services (environment, name, command, state, pid, launch_id, exit_code, restart,"
+                " health_check, restarts, tries, health) VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)",
+                [(e.id, s.name, _dumped(s.command), s.state, s.pid, s.launch_id, s.exit_code, s.restart,
+                  None if s.check is None else msgspec.json.encode(s.check).decode(), s.restarts, s.tries, s.health)
                  for s in e.services.values()])
 
     def rename(self, environment: Environment) -> None:
@@ -197,9 +205,10 @@ class SqliteStore:
         """See ``core.interfaces.Store``."""
         with _translated():
             self._db.execute(
-                "UPDATE services SET state = ?, pid = ?, launch_id = ?, exit_code = ?"
-                " WHERE environment = ? AND name = ?",
-                (service.state, service.pid, service.launch_id, service.exit_code, environment_id, service.name))
+                "UPDATE services SET state = ?, pid = ?, launch_id = ?, exit_code = ?, restarts = ?, tries = ?,"
+                " health = ? WHERE environment = ? AND name = ?",
+                (service.state, service.pid, service.launch_id, service.exit_code, service.restarts, service.tries,
+                 service.health, environment_id, service.name))
 
     def delete(self, environment_id: str) -> None:
         """See ``core.interfaces.Store``."""
@@ -217,13 +226,46 @@ class SqliteStore:
     def _migrate(self) -> None:
         with self.transaction():
             version = self._db.execute("PRAGMA user_version").fetchone()[0]
-            if version > SCHEMA_VERSION:
-                raise StoreError(f"the state file is of a newer netnsd (schema {version}, this one knows"
-                                 f" {SCHEMA_VERSION})", hint="Start the newer netnsd. Nothing was changed.")
+            _require_known(version)
             if version < SCHEMA_VERSION:
                 for statement in ";".join(_MIGRATIONS[version:]).split(";"):
                     self._db.execute(statement)
                 self._db.execute(f"PRAGMA user_version = {SCHEMA_VERSION}")
+
+
+def _require_known(version: int) -> None:
+    if version > SCHEMA_VERSION:
+        raise StoreError(f"the state file is of a newer netnsd (schema {version}, this one knows {SCHEMA_VERSION})",
+                         hint="Start the newer netnsd. Nothing was changed.")
+
+
+def _version_of(file: Path) -> int:
+    """The schema's version of a state file, 0 where there is none. Changes nothing: SQLite, even where it only looks,
+    changes the log (-wal) and its index (-shm), and takes the log away when it closes the file.
+
+    Where things are: https://www.sqlite.org/fileformat2.html, 1.3 and 4.1. Checksums of the log are not looked at:
+    without a loss of power what has the log's salts was written whole, and counts when a commit follows.
+    """
+    version = b""
+    try:
+        with open(file, "rb") as database:
+            header = database.read(_HEADER_BYTES)
+        version = header[60:64] if header.startswith(b"SQLite format 3\0") else b""
+        with open(f"{file}-wal", "rb") as log:
+            start = log.read(32)
+            page_bytes, salts, seen = int.from_bytes(start[8:12]), start[16:24], version
+            while len(frame := log.read(24)) == 24 and frame[8:16] == salts:
+                page = log.read(_HEADER_BYTES)
+                if int.from_bytes(frame[:4]) == 1:
+                    seen = page[60:64]
+                if int.from_bytes(frame[4:8]):  # the size of the database after this commit
+                    version = seen
+                log.seek(page_bytes - len(page), os.SEEK_CUR)
+    except FileNotFoundError:
+        pass
+    except OSError as error:
+        raise StoreError(f"{file}: {error.strerror}", hint="Name another --state-dir.") from error
+    return int.from_bytes(version)
 
 
 @contextmanager
@@ -255,6 +297,14 @@ def _dumped(command: Command) -> str:
     return json.dumps({
         "argv": command.argv, "env": command.env, "cwd": command.cwd, "uid": command.uid, "gid": command.gid,
         "groups": command.groups, "umask": command.umask, "limits": command.limits, "setuid": command.setuid})
+
+
+def _service(row: sqlite3.Row) -> Service:
+    check = row["health_check"]
+    return Service(
+        row["name"], _command(row["command"]), row["state"], row["pid"], row["launch_id"], row["exit_code"],
+        row["restart"], None if check is None else msgspec.json.decode(check, type=wire.HealthCheck),
+        row["restarts"], row["tries"], row["health"])
 
 
 def _command(text: str) -> Command:

@@ -11,7 +11,9 @@ import msgspec
 
 Protocol = Literal["tcp", "udp"]
 EnvironmentState = Literal["creating", "running", "stopped", "removing"]
-ServiceState = Literal["starting", "running", "exited", "stopped"]
+ServiceState = Literal["starting", "running", "restarting", "exited", "stopped"]
+RestartPolicy = Literal["no", "on-failure", "always"]
+HealthState = Literal["starting", "healthy", "unhealthy"]
 
 
 class Request(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -30,6 +32,30 @@ class PortRequest(Request, frozen=True, kw_only=True, forbid_unknown_fields=True
     publish: int | None = None
 
 
+class HealthCheck(Request, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """How to find out whether a service is healthy: one of ``tcp``, ``http`` with ``port``, and ``command``.
+
+    ``tcp``: a port that accepts. ``http``: a path that is answered 2xx or 3xx at ``port``. ``command``: one that ends
+    with 0 inside the environment. Every ``interval_seconds`` it is tried, ``retries`` failures in a row make it
+    unhealthy, and those of the first ``start_period_seconds`` do not count until it was healthy once.
+    """
+
+    tcp: int | None = None
+    http: str | None = None
+    port: int | None = None
+    command: list[str] | None = None
+    interval_seconds: float = 10.0
+    timeout_seconds: float = 5.0
+    retries: int = 3
+    start_period_seconds: float = 30.0
+
+
+class Resources(Request, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """What all of an environment's processes may take together; None: no limit of its own."""
+
+    pids: int | None = None
+
+
 class ServiceRequest(Request, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """One supervised command. What is absent is taken from the environment's request.
 
@@ -41,10 +67,12 @@ class ServiceRequest(Request, frozen=True, kw_only=True, forbid_unknown_fields=T
     env: dict[str, str] = {}
     cwd: str | None = None
     setuid: bool | None = None
+    restart: RestartPolicy | None = None
+    health: HealthCheck | None = None
 
 
 class Specification(Request, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """What an environment is to be. ``command`` is short for one service named ``main``."""
+    """What an environment is to be. ``command`` is short for one service named ``main``; ``health`` is that one's."""
 
     command: list[str] | None = None
     services: list[ServiceRequest] | None = None
@@ -56,6 +84,9 @@ class Specification(Request, frozen=True, kw_only=True, forbid_unknown_fields=Tr
     setuid: bool = False
     umask: int = 0o022
     limits: dict[str, int] = {}
+    restart: RestartPolicy = "no"
+    health: HealthCheck | None = None
+    resources: Resources | None = None
 
 
 class CreateRequest(Specification, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -134,13 +165,20 @@ class Port(Answer, frozen=True, kw_only=True):
 
 
 class Service(Answer, frozen=True, kw_only=True):
-    """``exit_code`` is None while it runs and where the kernel did not tell; 128 + n for a death by signal n."""
+    """``exit_code`` is None while it runs and where the kernel did not tell; 128 + n for a death by signal n.
+
+    ``restarts`` by the daemon, since the last start by hand. ``health`` is None where it is not checked, or nothing
+    runs. ``state`` ``restarting``: it has ended, and is started again in a while.
+    """
 
     name: str
     command: list[str]
     pid: int | None
     state: ServiceState
     exit_code: int | None
+    restart: RestartPolicy
+    restarts: int
+    health: HealthState | None
 
 
 class Environment(Answer, frozen=True, kw_only=True):
@@ -156,6 +194,7 @@ class Environment(Answer, frozen=True, kw_only=True):
     services: list[Service]
     labels: dict[str, str]
     share: str
+    resources: Resources
     created_at: str
 
 

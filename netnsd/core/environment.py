@@ -9,7 +9,9 @@ from netnsd import wire
 from netnsd.core.addressing import Slot
 
 StoredState = Literal["creating", "ready", "removing"]
-ServiceState = Literal["starting", "running", "exited", "stopped"]
+ServiceState = wire.ServiceState
+# States of a service that runs, or will without anybody's asking.
+ALIVE: frozenset[ServiceState] = frozenset({"starting", "running", "restarting"})
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,7 +34,11 @@ class Command:
 
 @dataclass(frozen=True, slots=True)
 class Service:
-    """One supervised command. ``launch_id`` names its latest start; exit reports carry it."""
+    """One supervised command. ``launch_id`` names its latest start; exit reports carry it.
+
+    ``restarts``: how often it was started again since the last start by hand, and ``tries``: how many of the latest of
+    these did not last. ``health`` is what ``check`` found of it while it runs.
+    """
 
     name: str
     command: Command
@@ -40,6 +46,11 @@ class Service:
     pid: int | None = None
     launch_id: str | None = None
     exit_code: int | None = None
+    restart: wire.RestartPolicy = "no"
+    check: wire.HealthCheck | None = None
+    restarts: int = 0
+    tries: int = 0
+    health: wire.HealthState | None = None
 
     def changed(self, **changes: object) -> Service:
         """A copy with other values."""
@@ -74,6 +85,7 @@ class Environment:
     created_at: str
     boot_id: str
     stock: str = ""
+    resources: wire.Resources = field(default_factory=wire.Resources)
     ports: tuple[PublishedPort, ...] = ()
     state: StoredState = "creating"
     services: dict[str, Service] = field(default_factory=dict)
@@ -85,10 +97,10 @@ class Environment:
 
     @property
     def shown_state(self) -> Literal["creating", "running", "stopped", "removing"]:
-        """What users see: an environment runs when a service of it does, or when it has none to run."""
+        """What users see: an environment runs when a service of it does, or will, or when it has none to run."""
         if self.state != "ready":
             return self.state
-        running = not self.services or any(s.state in ("starting", "running") for s in self.services.values())
+        running = not self.services or any(s.state in ALIVE for s in self.services.values())
         return "running" if running else "stopped"
 
 

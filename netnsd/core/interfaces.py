@@ -278,7 +278,7 @@ class Store(Protocol):
         ...
 
     def set_service(self, environment_id: str, service: Service) -> None:
-        """Write what changes of a service: state, pid, launch, exit code."""
+        """Write what changes of a service: state, pid, launch, exit code, restarts, health."""
         ...
 
     def delete(self, environment_id: str) -> None:

@@ -16,7 +16,7 @@ from netnsd.core import specification
 from netnsd.core.actor import Actor
 from netnsd.core.addressing import Slot
 from netnsd.core.allocation import PortAllocator, SlotAllocator
-from netnsd.core.environment import Command, Environment, PublishedPort, Service
+from netnsd.core.environment import Environment, PublishedPort, Service
 from netnsd.core.interfaces import Clock, Store
 from netnsd.core.pool import PoolSettings
 from netnsd.errors import NameTaken, NetnsTaken, NotFound
@@ -51,7 +51,8 @@ class Blueprint:
     labels: dict[str, str]
     share: str
     ports: list[wire.PortRequest]
-    commands: dict[str, Command]
+    services: dict[str, Service]
+    resources: wire.Resources
     stock: str = ""
 
     @classmethod
@@ -59,16 +60,19 @@ class Blueprint:
         """Check everything of a request that needs no look at what there is. Raises Invalid*, Forbidden."""
         name = specification.name_of(request)
         variables = specification.check_variables(request.env)
-        commands = {
-            service.name: specification.command(
+        services = {
+            service.name: Service(service.name, specification.command(
                 argv=service.command, env={**variables, **service.env}, cwd=service.cwd or request.cwd,
                 umask=request.umask, limits=request.limits,
                 setuid=request.setuid if service.setuid is None else service.setuid,
-                actor=actor, allow_setuid=settings.allow_setuid)
+                actor=actor, allow_setuid=settings.allow_setuid),
+                restart=request.restart if service.restart is None else service.restart,
+                check=specification.check_health(service.health))
             for service in specification.check_services(request)
         }
         ports = specification.check_ports(request.ports, settings.published_range)
-        return cls(name, specification.check_labels(request.labels), request.share, ports, commands)
+        return cls(name, specification.check_labels(request.labels), request.share, ports, services,
+                   specification.check_resources(request.resources))
 
 
 class Registry:
@@ -145,8 +149,8 @@ class Registry:
             environment = Environment(
                 id=environment_id, name=blueprint.name, uid=actor.uid, user=actor.user, slot=slot, netns=netns,
                 labels=blueprint.labels, share=blueprint.share, created_at=self._clock.now(),
-                boot_id=self._settings.boot_id, stock=blueprint.stock, ports=tuple(ports),
-                services={name: Service(name, command) for name, command in blueprint.commands.items()})
+                boot_id=self._settings.boot_id, stock=blueprint.stock, resources=blueprint.resources,
+                ports=tuple(ports), services=dict(blueprint.services))
             with self._store.transaction():
                 self._store.add(environment)
         except BaseException:

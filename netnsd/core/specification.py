@@ -27,10 +27,15 @@ MAX_PORTS = 64
 MAX_SERVICES = 32
 MAX_LABELS = 64
 MAX_COUNT = 500
+MOST_PIDS = 4194304  # PID_MAX_LIMIT, linux/threads.h
 
 _NAME = re.compile(r"[a-z0-9]([a-z0-9-]{0,61}[a-z0-9])?\Z")
 _LABEL_KEY = re.compile(r"[A-Za-z0-9]([A-Za-z0-9._/-]{0,126}[A-Za-z0-9])?\Z")
 _LABEL_VALUE_CHARACTERS = 256
+_PATH_CHARACTERS = 1024
+_PATH = re.compile(rf"/[!-~]{{0,{_PATH_CHARACTERS - 1}}}\Z")
+_HEALTH_RANGES = {"interval_seconds": (1, 86400), "timeout_seconds": (0.1, 3600), "retries": (1, 1000),
+                  "start_period_seconds": (0, 86400)}
 LIMITS = frozenset({"as", "core", "cpu", "data", "fsize", "locks", "memlock", "msgqueue", "nice", "nofile", "nproc",
                      "rss", "rtprio", "rttime", "sigpending", "stack"})
 _DEFAULT_PATH = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
@@ -114,11 +119,13 @@ def check_variables(variables: Mapping[str, str]) -> dict[str, str]:
 
 
 def check_services(request: wire.Specification) -> list[wire.ServiceRequest]:
-    """The services that a request asks for, in order. Raises InvalidCommand, InvalidName."""
+    """The services that a request asks for, in order. Raises InvalidCommand, InvalidName, InvalidRequest."""
     if request.command is not None and request.services is not None:
         raise InvalidCommand("command and services are both given", hint="Give one of the two.")
+    if request.health is not None and request.command is None:
+        raise InvalidRequest("health is given, and no command", hint="Give it to the service that it is of.")
     if request.command is not None:
-        services = [wire.ServiceRequest(command=request.command)]
+        services = [wire.ServiceRequest(command=request.command, health=request.health)]
     else:
         services = list(request.services or [])
     if len(services) > MAX_SERVICES:
@@ -130,6 +137,39 @@ def check_services(request: wire.Specification) -> list[wire.ServiceRequest]:
             raise InvalidCommand(f"service {service.name!r} is given twice", hint="Give each its own name.")
         names.add(service.name)
     return services
+
+
+def check_health(check: wire.HealthCheck | None) -> wire.HealthCheck | None:
+    """Return the check when it is one, and its numbers are in range. Raises InvalidRequest, InvalidPort."""
+    if check is None:
+        return None
+    if (check.tcp is not None, check.http is not None, check.command is not None).count(True) != 1:
+        raise InvalidRequest("health is not one of tcp, http and command", hint="Give one of the three.")
+    if (check.http is None) != (check.port is None):
+        raise InvalidRequest("http and port of health belong together", hint='Write {"http": "/", "port": 3000}.')
+    for port in (check.tcp, check.port):
+        if port is not None:
+            check_port(port, what="health's port")
+    if check.http is not None and not _PATH.match(check.http):
+        raise InvalidRequest(f"health's path {_shown(check.http)} is malformed",
+                             hint=f"It begins with / and has at most {_PATH_CHARACTERS} printable ASCII characters.")
+    if check.command is not None and not (check.command and check.command[0] and "\0" not in "".join(check.command)):
+        raise InvalidRequest("health's command is empty or has a NUL", hint="Give a program and its arguments.")
+    for name, (least, most) in _HEALTH_RANGES.items():
+        if not least <= getattr(check, name) <= most:
+            raise InvalidRequest(f"health's {name} {getattr(check, name):g} is not from {least:g} to {most:g}",
+                                 hint="Leave it out for the default.")
+    return check
+
+
+def check_resources(resources: wire.Resources | None) -> wire.Resources:
+    """Return the limits when the kernel can take them. Raises InvalidRequest."""
+    if resources is None:
+        return wire.Resources()
+    if resources.pids is not None and not 1 <= resources.pids <= MOST_PIDS:
+        raise InvalidRequest(f"resources.pids {resources.pids} is not from 1 to {MOST_PIDS}",
+                             hint="It counts processes and their threads.")
+    return resources
 
 
 def command(*, argv: list[str], env: Mapping[str, str], cwd: str | None, umask: int, limits: Mapping[str, int],

@@ -15,8 +15,9 @@ def environment(kept: Environment) -> wire.Environment:
         ports=[wire.Port(port=p.port, protocol="udp" if p.protocol == "udp" else "tcp", published=p.published,
                          listen=p.listen) for p in kept.ports],
         services=[wire.Service(name=s.name, command=list(s.command.argv), pid=s.pid, state=s.state,
-                               exit_code=s.exit_code) for s in kept.services.values()],
-        labels=kept.labels, share=kept.share, created_at=kept.created_at)
+                               exit_code=s.exit_code, restart=s.restart, restarts=s.restarts, health=s.health)
+                  for s in kept.services.values()],
+        labels=kept.labels, share=kept.share, resources=kept.resources, created_at=kept.created_at)
 
 
 def pool(kept: Pool) -> wire.Pool:

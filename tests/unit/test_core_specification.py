@@ -177,7 +177,7 @@ def test_services_take_from_the_request_what_they_do_not_say() -> None:
                                 services=[
         wire.ServiceRequest(name="one", command=["x"], env={"B": "3"}, cwd="/one", setuid=True),
         wire.ServiceRequest(name="two", command=["y"])])
-    made = Blueprint.of(wanted, ALICE, Settings(RANGE, True, "")).commands
+    made = {name: s.command for name, s in Blueprint.of(wanted, ALICE, Settings(RANGE, True, "")).services.items()}
     assert (made["one"].env["A"], made["one"].env["B"], made["one"].cwd, made["one"].setuid) == ("1", "3", "/one", True)
     assert (made["two"].env["B"], made["two"].cwd, made["two"].setuid) == ("2", "/srv", False)
     assert {(c.umask, c.limits["nofile"]) for c in made.values()} == {(0o27, 9)}

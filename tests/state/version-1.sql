@@ -1,0 +1,46 @@
+-- A state file as version 1 of the schema wrote it: made by its own code, dumped by SQLite.
+PRAGMA user_version = 1;
+BEGIN TRANSACTION;
+CREATE TABLE environments (
+    id TEXT PRIMARY KEY,
+    name TEXT NOT NULL,
+    uid INTEGER NOT NULL,
+    user TEXT NOT NULL,
+    slot INTEGER NOT NULL UNIQUE,
+    netns TEXT NOT NULL UNIQUE,
+    labels TEXT NOT NULL,
+    share TEXT NOT NULL,
+    state TEXT NOT NULL,
+    created_at TEXT NOT NULL,
+    boot_id TEXT NOT NULL,
+    UNIQUE (uid, name)
+) STRICT;
+INSERT INTO "environments" VALUES('5f0c7f1e-0000-4000-8000-000000000001','web',1001,'alice',0,'web','{"team": "shop"}','owner','ready','2026-11-20T10:00:00.000001Z','boot');
+INSERT INTO "environments" VALUES('5f0c7f1e-0000-4000-8000-000000000002','web',1002,'bob',7,'web.bob','{}','owner','removing','2026-11-20T10:00:01.000000Z','boot');
+INSERT INTO "environments" VALUES('5f0c7f1e-0000-4000-8000-000000000003','lab',1001,'alice',3,'lab','{}','owner','creating','2026-11-20T10:00:02.000000Z','earlier boot');
+CREATE TABLE ports (
+    environment TEXT NOT NULL REFERENCES environments (id) ON DELETE CASCADE,
+    port INTEGER NOT NULL,
+    protocol TEXT NOT NULL,
+    published INTEGER NOT NULL,
+    listen TEXT NOT NULL,
+    PRIMARY KEY (protocol, published)
+) STRICT;
+INSERT INTO "ports" VALUES('5f0c7f1e-0000-4000-8000-000000000001',3000,'tcp',20000,'127.0.0.1');
+INSERT INTO "ports" VALUES('5f0c7f1e-0000-4000-8000-000000000001',53,'udp',20001,'127.0.0.1');
+INSERT INTO "ports" VALUES('5f0c7f1e-0000-4000-8000-000000000002',8080,'tcp',20007,'127.0.0.1');
+CREATE TABLE services (
+    environment TEXT NOT NULL REFERENCES environments (id) ON DELETE CASCADE,
+    name TEXT NOT NULL,
+    command TEXT NOT NULL,
+    state TEXT NOT NULL,
+    pid INTEGER,
+    launch_id TEXT,
+    exit_code INTEGER,
+    PRIMARY KEY (environment, name)
+) STRICT;
+INSERT INTO "services" VALUES('5f0c7f1e-0000-4000-8000-000000000001','web','{"argv": ["npm", "run", "dev"], "env": {"PATH": "/usr/bin:/bin", "QUOTED": "it''s \"\u00e9\"\nand \ud83d\ude00"}, "cwd": "/srv/web", "uid": 1001, "gid": 1001, "groups": [27, 1001], "umask": 18, "limits": {"nofile": 4096, "core": -1}, "setuid": false}','running',4242,'launch-web',NULL);
+INSERT INTO "services" VALUES('5f0c7f1e-0000-4000-8000-000000000001','db','{"argv": ["postgres", "-D", "/srv/db"], "env": {}, "cwd": "/", "uid": 1001, "gid": 1001, "groups": [1001], "umask": 63, "limits": {}, "setuid": true}','exited',NULL,'launch-db',137);
+INSERT INTO "services" VALUES('5f0c7f1e-0000-4000-8000-000000000002','main','{"argv": ["./job"], "env": {"N": "7"}, "cwd": "/home/bob", "uid": 1002, "gid": 1002, "groups": [], "umask": 18, "limits": {}, "setuid": false}','stopped',NULL,'launch-job',0);
+CREATE INDEX ports_by_environment ON ports (environment);
+COMMIT;
