@@ -209,6 +209,12 @@ class KernelError(NetnsdError):
                    errno=_errno.errorcode.get(number, str(number)))
 
 
+class NetnsLost(NetnsdError):
+    """Nothing leads to an environment's namespace any more, neither its name nor its pin: it ends with that."""
+
+    code, status, exit_code = "netns_lost", 500, EXIT_FAILURE
+
+
 class LauncherUnavailable(NetnsdError):
     """The process that starts servers does not answer; it is being started again. Try again."""
 

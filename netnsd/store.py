@@ -196,6 +196,16 @@ class SqliteStore:
         with _translated():
             self._db.execute("DELETE FROM templates WHERE id = ?", (template_id,))
 
+    def ids(self) -> frozenset[str]:
+        """See ``core.interfaces.Store``."""
+        with _translated():
+            return frozenset(row["id"] for row in self._db.execute("SELECT id FROM environments"))
+
+    def set_boot(self, environment_id: str, boot_id: str) -> None:
+        """See ``core.interfaces.Store``."""
+        with _translated():
+            self._db.execute("UPDATE environments SET boot_id = ? WHERE id = ?", (boot_id, environment_id))
+
     def set_state(self, environment_id: str, state: str) -> None:
         """See ``core.interfaces.Store``."""
         with _translated():

@@ -305,10 +305,34 @@ class Check(Answer, frozen=True, kw_only=True):
     hint: str = ""
 
 
+class Difference(Answer, frozen=True, kw_only=True):
+    """One thing in which state file and kernel do not agree.
+
+    ``missing``: it should be there; the daemon's checks put it there. ``orphan``: it is nobody's; ``prune`` removes it.
+    ``stray``: a process in an environment that left its control group; it ends with the environment.
+    ``what`` is a kind of thing (``link``, ``cgroup``, ``port`` ...), ``subject`` which one, ``environment`` an id, or
+    "" where it is nobody's.
+    """
+
+    kind: Literal["missing", "orphan", "stray"]
+    what: str
+    subject: str
+    message: str
+    environment: str
+
+
 class Doctor(Answer, frozen=True, kw_only=True):
-    """``GET /v1/doctor``."""
+    """``GET /v1/doctor``. ``differences``: of the caller's own environments, for an admin of everything."""
 
     checks: list[Check]
+    differences: list[Difference]
+
+
+class Pruned(Answer, frozen=True, kw_only=True):
+    """``POST /v1/prune``: what differed and does no more, and what still does."""
+
+    removed: list[Difference]
+    left: list[Difference]
 
 
 class Event(Answer, frozen=True, kw_only=True):

@@ -41,7 +41,7 @@ class Context:
     templates: Templates
     metrics: Callable[[], bytes]
     info: Callable[[], wire.Info]
-    doctor: Callable[[], Awaitable[wire.Doctor]]
+    examine: Callable[[], Awaitable[list[wire.Check]]]
     log_path: Callable[[str, str], str]
     read_log: Callable[[str, int | None, Callable[[], bool] | None], AsyncIterator[bytes]]
     follow_events: Callable[[Callable[[int], bool], int], AsyncGenerator[wire.Event, None]]
@@ -294,7 +294,16 @@ async def _info(call: Call) -> wire.Info:
 
 
 async def _doctor(call: Call) -> wire.Doctor:
-    return await call.context.doctor()
+    checks = await call.context.examine()
+    service = call.context.environments
+    mine = {e.id for e in service.registry.all() if e.uid == call.actor.uid and not e.stock}
+    found = [d for d in await service.caretaker.differences() if call.actor.is_admin or d.environment in mine]
+    return wire.Doctor(checks=checks, differences=[views.difference(d) for d in found])
+
+
+async def _prune(call: Call) -> wire.Pruned:
+    removed, left = await call.context.environments.caretaker.prune()
+    return wire.Pruned(removed=[views.difference(d) for d in removed], left=[views.difference(d) for d in left])
 
 
 _REF = "/v1/environments/{ref}"
@@ -338,5 +347,8 @@ ROUTES: tuple[Route, ...] = (
           content_type="text/plain; version=0.0.4"),
     Route("GET", "/v1/health", Permission.ANYONE, _health, "Whether the daemon answers", wire.Health),
     Route("GET", "/v1/info", Permission.ANYONE, _info, "What this daemon is and holds", wire.Info),
-    Route("GET", "/v1/doctor", Permission.ANYONE, _doctor, "What this host lacks", wire.Doctor),
+    Route("GET", "/v1/doctor", Permission.ANYONE, _doctor,
+          "What this host lacks, and in what state file and kernel do not agree", wire.Doctor),
+    Route("POST", "/v1/prune", Permission.ADMIN, _prune, "Mend what is missing, and remove what is nobody's",
+          wire.Pruned, body=NoFields),
 )

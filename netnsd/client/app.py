@@ -33,7 +33,8 @@ _VERBS = {
     "template": "templates",
     "pool": "pools",
     "info": "host",
-    "doctor": "host",
+    "doctor": "doctor",
+    "prune": "doctor",
     "completion": "host",
 }
 

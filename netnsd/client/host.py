@@ -1,4 +1,4 @@
-"""``info``, ``doctor`` and ``completion``: what the daemon is, what the host lacks, and the shell's help."""
+"""``info`` and ``completion``: what the daemon is, and the shell's help."""
 
 from __future__ import annotations
 
@@ -9,7 +9,6 @@ import click
 from netnsd.client import render
 from netnsd.client.app import PROGRAM, Verb, cli
 from netnsd.client.session import printable, session_of
-from netnsd.errors import EXIT_FAILURE
 
 
 @click.command("info", cls=Verb, epilog="""\b
@@ -37,35 +36,6 @@ def _shown(value: Any) -> str:
     if isinstance(value, bool):
         return "yes" if value else "no"
     return printable(str(value))
-
-
-@click.command("doctor", cls=Verb, epilog="""\b
-Examples:
-  netnsctl doctor
-  netnsctl doctor -o json""")
-@click.pass_context
-def doctor_verb(ctx: click.Context) -> int:
-    """Check what the host has and lacks. The exit code is 1 where something that is needed is not there."""
-    session = session_of(ctx)
-    answer = session.client.request("GET", "/v1/doctor")
-    checks = answer.get("checks") if isinstance(answer, dict) else None
-    if not isinstance(checks, list) or not all(isinstance(c, dict) and {"name", "ok"} <= c.keys() for c in checks):
-        raise session.client.bad_answer("not a list of checks")
-    render.emit(session, checks, lambda: "\n".join(_check(c) for c in checks),
-                [str(c["name"]) for c in checks if not c["ok"]])
-    return EXIT_FAILURE if any(not c["ok"] and c.get("severity") == "error" for c in checks) else 0
-
-
-def _check(check: dict[str, Any]) -> str:
-    severity = str(check.get("severity", "error"))
-    bad = {"error": "red", "warning": "yellow"}.get(severity, "")
-    mark, colour = ("ok", "green") if check["ok"] else (severity, bad)
-    line = f"{render.paint(printable(mark).ljust(7), colour)}  {printable(str(check['name']))}"
-    if check.get("message"):
-        line += f": {printable(str(check['message']))}"
-    if check.get("hint") and not check["ok"]:
-        line += f"\n         hint: {printable(str(check['hint']))}"
-    return line
 
 
 @click.command("completion", cls=Verb, short_help="Print a completion script for your shell.", epilog="""\b

@@ -82,6 +82,11 @@ class Plan:
         return Bridge(index=index, name=f"{BRIDGE_PREFIX}{index}", ifindex=FIRST_BRIDGE_IFINDEX + index,
                       address=str(address), prefix_length=self.prefix_length, mac=_mac(0, address))
 
+    @staticmethod
+    def port_name(index: int) -> str:
+        """What the host's end of a slot's link is called, and its cgroup; also of a slot that this plan has not."""
+        return f"{PORT_PREFIX}{index}"
+
     def slot(self, index: int) -> Slot:
         """The slot with that index, 0 to ``slots - 1``."""
         if not 0 <= index < self.slots:
@@ -89,7 +94,7 @@ class Plan:
         bridge = self.bridge(index // self.bridge_ports)
         address = ipaddress.IPv4Address(bridge.address) + 1 + index % self.bridge_ports
         return Slot(index=index, bridge=bridge, address=str(address), mac=_mac(0, address),
-                    port_name=f"{PORT_PREFIX}{index}", port_ifindex=FIRST_PORT_IFINDEX + index,
+                    port_name=self.port_name(index), port_ifindex=FIRST_PORT_IFINDEX + index,
                     port_mac=_mac(1, address))
 
 

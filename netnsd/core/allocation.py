@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
 from netnsd.errors import AddressesExhausted, PortsExhausted, PortTaken
 
@@ -25,9 +25,16 @@ class SlotAllocator:
         """How many are left."""
         return self._size - len(self._used)
 
-    def claim(self, index: int) -> None:
-        """Know an index of an earlier run to be in use."""
+    @property
+    def used(self) -> frozenset[int]:
+        """Which are somebody's."""
+        return frozenset(self._used)
+
+    def claim(self, index: int) -> bool:
+        """Have an index that is known to be in use, or about to be cleared; returns whether nobody had it."""
+        had = index in self._used
         self._used.add(index)
+        return not had
 
     def take(self) -> int:
         """The next free index. Raises AddressesExhausted."""
@@ -74,9 +81,9 @@ class PortAllocator:
         self._next = low
 
     @property
-    def leased(self) -> int:
-        """How many leases there are."""
-        return len(self._leases)
+    def leases(self) -> Mapping[tuple[str, int], str]:
+        """Who holds which (protocol, port)."""
+        return self._leases
 
     def restore(self, protocol: str, port: int, holder: str) -> None:
         """Know a lease of an earlier run again."""

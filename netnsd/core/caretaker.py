@@ -1,53 +1,115 @@
-"""Keeps what there is as it should be: at the daemon's start, and whenever somebody looks."""
+"""Keeps what there is as it should be: mends what others broke, tells what differs, and removes what is nobody's."""
 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Collection, Sequence
 from functools import partial
+from typing import TYPE_CHECKING
 
 import trio
 
-from netnsd.core import reconcile
-from netnsd.core.addressing import Plan
-from netnsd.core.environment import Environment
+from netnsd.core import audit, reconcile
+from netnsd.core.audit import Difference, Held
 from netnsd.core.interfaces import Adapters, Emit
 from netnsd.core.particulars import Particulars, opening
-from netnsd.core.pool import FIRST_SERVICE, messages
-from netnsd.core.registry import Registry
+from netnsd.core.pool import messages
+from netnsd.core.reconcile import Orphans
 from netnsd.core.removal import BATCH, Removal
-from netnsd.core.settling import Settling
-from netnsd.core.supervisor import Supervisor, group_of
-from netnsd.errors import KernelError, NetnsdError
+from netnsd.core.supervisor import group_of
+from netnsd.errors import KernelError, NetnsdError, NetnsLost, NetnsTaken
+
+if TYPE_CHECKING:
+    from netnsd.core.addressing import Plan
+    from netnsd.core.allocation import SlotAllocator
+    from netnsd.core.environment import Environment
+    from netnsd.core.registry import Registry
+    from netnsd.core.settling import Settling
+
+# A link that was deleted has its name for a moment longer.
+_MEND_TRIES, _MEND_AGAIN_SECONDS = 5, 0.1
+# What is on its way is not there any more after that, or is there.
+_LOOK_AGAIN_SECONDS = 0.2
 
 
 class Caretaker:
     """Compares what should be with what is, and mends it."""
 
-    def __init__(self, adapters: Adapters, plan: Plan, boot_id: str, emit: Emit, *, registry: Registry,
-                 supervisor: Supervisor, particulars: Particulars, settling: Settling, removal: Removal) -> None:
+    def __init__(self, adapters: Adapters, plan: Plan, slots: SlotAllocator, emit: Emit, *, registry: Registry,
+                 particulars: Particulars, settling: Settling, removal: Removal) -> None:
         self._a = adapters
         self._plan = plan
-        self._boot_id = boot_id
+        self._slots = slots
         self._emit = emit
         self._registry = registry
-        self._supervisor = supervisor
         self._particulars = particulars
         self._settling = settling
         self._removal = removal
 
     async def check(self) -> bool:
-        """Put the host's rules right, and try again what could not be removed, or lose a name.
+        """Put right what others changed, and try again what could not be removed, or lose a name.
 
-        Returns whether rules were wrong.
+        Returns whether the host's rules were wrong. Raises KernelError where they, or bridges, cannot be put right.
         """
-        was_wrong = await self._a.firewall.check()
         async with trio.open_nursery() as nursery:
             nursery.start_soon(self._removal.remove_again)
             for environment in self._registry.all():
                 if environment.id in self._particulars.untidy:
                     nursery.start_soon(self._tidy, environment)
-        return was_wrong
+        try:
+            return await self._a.firewall.check()
+        finally:
+            await self._mend_all()
+
+    def concerns(self, *, links: Collection[int], names: Collection[str]) -> bool:
+        """Whether links that went (by index), or names in /run/netns, are an environment's that should have them."""
+        return any(e.slot.port_ifindex in links or e.slot.bridge.ifindex in links or e.netns in names
+                   for e in self._registry.all() if e.state == "ready")
+
+    async def _mend_all(self) -> None:
+        environments = [e for e in self._registry.all() if e.state == "ready"]
+        bridges = {e.slot.bridge.index: e.slot.bridge for e in environments}
+        for name in await self._a.network.mend_bridges(list(bridges.values())):
+            self._emit("bridge_mended", 0, "", "", what=name)
+        wiring = await self._a.network.survey()
+        async with trio.open_nursery() as nursery:
+            for environment in environments:
+                if reconcile.faults(environment, wiring):
+                    nursery.start_soon(self._mend_in_turn, environment)
+
+    async def _mend_in_turn(self, environment: Environment) -> None:
+        async with self._particulars.lock(environment):
+            if environment.state != "ready" or environment not in self._registry:
+                return
+            try:
+                await self.mend(environment)
+                if environment.services:
+                    await self._settling.furnish(environment)
+                else:
+                    self._settling.settle(environment)
+            except (NetnsLost, NetnsTaken) as error:
+                self._particulars.tell("lost", environment, reason=error.message)
+                self._removal.remove_behind(environment)
+            except NetnsdError as error:  # the next check tries again
+                self._particulars.tell("mend_failed", environment, reason=error.message)
+
+    async def mend(self, environment: Environment) -> None:
+        """Give an environment back what the kernel lost of it. Raises NetnsLost, NetnsTaken, KernelError."""
+        for tries in range(1, _MEND_TRIES + 1):
+            try:
+                mended = await self._a.network.mend(environment.slot, environment.netns)
+            except (NetnsLost, NetnsTaken):
+                raise
+            except KernelError:
+                if tries == _MEND_TRIES:
+                    raise
+                await trio.sleep(_MEND_AGAIN_SECONDS)
+            else:
+                break
+        if "link" in mended:
+            self._particulars.furnished.discard(environment.id)
+        if mended:
+            self._particulars.tell("mended", environment, what=list(mended))
 
     async def _tidy(self, environment: Environment) -> None:
         async with self._particulars.lock(environment):
@@ -56,31 +118,72 @@ class Caretaker:
                     await self._a.network.tidy([(environment.slot, environment.netns)])
                     self._particulars.untidy.discard(environment.id)
 
-    async def take_over(self) -> None:
-        """Go on with what an earlier run of the daemon made, and remove what it left half-made."""
-        desired = self._a.store.environments()
-        for environment in desired:
-            self._registry.remember(environment)
-        try:
-            await self._a.network.tidy([(e.slot, e.netns) for e in desired])
-        except KernelError as error:
-            self._emit("orphan_left", 0, "", "", reason=error.message)
-        observed = await self._observe(desired)
-        actions = reconcile.plan(desired, observed)
-        await self._a.firewall.restore([opening(e) for e, _ in actions.adopt])
-        for environment, services in actions.adopt:
-            environment.state = "ready"
-            if FIRST_SERVICE not in environment.services:  # it may have come from the pool a moment ago
-                self._particulars.attended.add(environment.id)
-            # Again, as the daemon may have been killed between the answer and that; done twice it changes nothing.
-            self._settling.settle(environment)
-            self._supervisor.adopt(environment, services, reported=observed.running.keys())
-        await self._clear(actions)
-        await self._removal.remove_quietly(actions.undo + actions.lost)
-        for environment in actions.lost:
-            self._particulars.tell("lost", environment, reason="its namespace, name or link is gone")
+    # -- differences --------------------------------------------------------------------------------------------
 
-    async def _clear(self, actions: reconcile.Actions) -> None:
+    async def differences(self) -> list[Difference]:
+        """What does not agree. What is on its way meanwhile is no difference. Raises KernelError, StoreError."""
+        first = await self._look()
+        if not first:
+            return []
+        await trio.sleep(_LOOK_AGAIN_SECONDS)
+        second = set(await self._look())
+        return [difference for difference in first if difference in second]
+
+    async def _look(self) -> list[Difference]:
+        rows, orphans = await self._orphans()
+        inspection = await self._a.network.inspect()
+        wiring = await self._a.network.survey()
+        environments = list(self._registry.all())
+        ready = [opening(e) for e in environments if e.state == "ready"]
+        missing, surplus = await self._a.firewall.differences(
+            ready, [opening(e) for e in environments if e.state != "ready"])
+        bridges = {e.slot.bridge.index: e.slot.bridge for e in environments if e.state == "ready"}
+        wrong = await self._a.network.mend_bridges(list(bridges.values()), look=True)
+        # From here on nothing awaits: what is compared with the environments of this moment is of this moment.
+        environments = list(self._registry.all())
+        return audit.differences(environments, Held(
+            wiring=wiring, inspection=inspection, orphans=orphans, rows=rows, leases=self._registry.leases,
+            members={e.slot.index: frozenset(self._a.cgroups.pids(e.slot.cgroup)) for e in environments
+                     if e.slot.index in inspection.inhabitants},
+            populated=frozenset((e.id, name) for e in environments for name in e.services
+                                if self._a.cgroups.populated(group_of(e.slot, name))),
+            missing_elements=missing, surplus_elements=surplus, bridges=wrong))
+
+    async def _orphans(self) -> tuple[frozenset[str], Orphans]:
+        """The state file's rows, and what is nobody's, neither before nor after the look."""
+        slots, ids = self._slots.used, {e.id for e in self._registry.all()}
+        wired = (await self._a.network.survey()).keys()
+        found = reconcile.orphans(wired, self._a.cgroups.observe(), self._a.files.observe(),
+                                  slots=slots | self._slots.used, ids=ids | {e.id for e in self._registry.all()})
+        return self._a.store.ids(), found
+
+    async def prune(self) -> tuple[list[Difference], list[Difference]]:
+        """Mend what is missing, and remove what is nobody's; returns what differed and does no more, and what is left.
+
+        Raises KernelError, StoreError.
+        """
+        before = await self.differences()
+        await self.check()
+        _rows, orphans = await self._orphans()
+        still = {d.subject for d in before if d.kind == "orphan"}
+        orphans = Orphans(
+            slots=tuple(i for i in orphans.slots if self._plan.port_name(i) in still and self._slots.claim(i)),
+            cgroups=tuple(name for name in orphans.cgroups if name in still),
+            files=tuple(name for name in orphans.files if name in still))
+        try:
+            await self.clear(orphans)
+        finally:
+            for index in orphans.slots:
+                self._slots.release(index)
+        await self._a.network.tidy([(e.slot, e.netns) for e in self._registry.all() if e.state == "ready"])
+        for difference in before:
+            if difference.kind == "orphan" and difference.what == "row":
+                with self._a.store.transaction():
+                    self._a.store.delete(difference.subject)
+        after = await self.differences() if before else []
+        return [difference for difference in before if difference not in after], after
+
+    async def clear(self, orphans: Orphans) -> None:
         """Remove what belongs to no environment. What cannot be removed does not keep the others waiting."""
         async def remove_files(name: str) -> None:
             self._a.files.remove(name)
@@ -92,25 +195,12 @@ class Caretaker:
                 self._emit("orphan_left", 0, "", "", reason="; ".join(messages(error)))
 
         # Of a larger supernet there may be slots that this one has not.
-        slots = [(self._plan.slot(index), "") for index in actions.orphan_slots if index < self._plan.slots]
+        slots: Sequence[int] = [index for index in orphans.slots if index < self._plan.slots]
         async with trio.open_nursery() as nursery:
-            for name in actions.orphan_cgroups:
+            for name in orphans.cgroups:
                 nursery.start_soon(attempt, partial(self._a.cgroups.remove, name))
         for first in range(0, len(slots), BATCH):
-            await attempt(partial(self._a.network.unwire, slots[first:first + BATCH]))
-        for name in actions.orphan_files:
+            batch = [(self._plan.slot(index), "") for index in slots[first:first + BATCH]]
+            await attempt(partial(self._a.network.unwire, batch))
+        for name in orphans.files:
             await attempt(partial(remove_files, name))
-
-    async def _observe(self, desired: list[Environment]) -> reconcile.Observed:
-        running, exited = await self._a.processes.known()
-        return reconcile.Observed(
-            intact=frozenset([e.id for e in desired if e.boot_id == self._boot_id
-                              and await self._a.network.intact(e.slot, e.netns)]),
-            slots=frozenset(await self._a.network.observe()),
-            cgroups=frozenset(self._a.cgroups.observe()),
-            files=frozenset(self._a.files.observe()),
-            populated=frozenset((e.id, s) for e in desired for s in e.services
-                                if self._a.cgroups.populated(group_of(e.slot, s))),
-            running={r.launch_id: r.pid for r in running},
-            exited={x.launch_id: x.code for x in exited},
-        )

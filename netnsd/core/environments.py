@@ -30,6 +30,7 @@ from netnsd.core.registry import Blueprint, Registry, Settings
 from netnsd.core.removal import Removal
 from netnsd.core.settling import Settling
 from netnsd.core.supervisor import Supervisor
+from netnsd.core.takeover import Takeover
 from netnsd.core.waiting import Aim, Waits
 from netnsd.errors import KernelError, NetnsdError, WrongState
 
@@ -58,9 +59,11 @@ class Environments:
         self._waits = Waits(adapters.network, self.registry.__contains__, self._supervisor.changed)
         self._settling = Settling(adapters, self.registry, self._particulars, self._quiet)
         self._removal = Removal(adapters, self.registry, self._supervisor, self._particulars)
-        self._caretaker = Caretaker(
-            adapters, plan, settings.boot_id, emit, registry=self.registry, supervisor=self._supervisor,
-            particulars=self._particulars, settling=self._settling, removal=self._removal)
+        self.caretaker = Caretaker(adapters, plan, self._slots, emit, registry=self.registry,
+                                   particulars=self._particulars, settling=self._settling, removal=self._removal)
+        self._takeover = Takeover(
+            adapters, settings.boot_id, emit, registry=self.registry, supervisor=self._supervisor,
+            particulars=self._particulars, settling=self._settling, removal=self._removal, caretaker=self.caretaker)
 
     # -- life ---------------------------------------------------------------------------------------------------
 
@@ -69,7 +72,7 @@ class Environments:
         async with trio.open_nursery() as nursery:
             await nursery.start(self._removal.run)
             await nursery.start(self._supervisor.run)
-            await self._caretaker.take_over()
+            await self._takeover.run()
             nursery.start_soon(self._supervisor.follow_exits)
             nursery.start_soon(self._settling.run)
             nursery.start_soon(self.pool.run)
@@ -304,4 +307,4 @@ class Environments:
 
     async def check(self) -> bool:
         """See ``caretaker.Caretaker``."""
-        return await self._caretaker.check()
+        return await self.caretaker.check()

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Awaitable, Sequence
+from collections.abc import Awaitable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 import trio
 
-from netnsd.core.addressing import Slot
+from netnsd.core.addressing import Bridge, Slot
 from netnsd.core.environment import Environment, Service, Template
 
 
@@ -143,6 +143,38 @@ class Listener:
     port: int
 
 
+@dataclass(frozen=True, slots=True)
+class Wiring:
+    """What the kernel holds of one slot.
+
+    ``pinned``: its namespace is. ``names`` in /run/netns lead to that namespace. ``master``: the interface index of
+    what the host's end of its link is a port of (0: of nothing), None where there is no such link. ``is_sound``: that
+    link is up, and carries our mark.
+    """
+
+    pinned: bool = False
+    names: frozenset[str] = frozenset()
+    master: int | None = None
+    is_sound: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Inhabitant:
+    """A process in a slot's network namespace. ``name`` is what ps(1) calls it."""
+
+    pid: int
+    uid: int
+    name: str
+
+
+@dataclass(frozen=True, slots=True)
+class Inspection:
+    """What a thorough look finds. ``stacked``: paths of ours on which more than one mount lies."""
+
+    inhabitants: Mapping[int, Sequence[Inhabitant]]
+    stacked: frozenset[str]
+
+
 class Network(Protocol):
     """Namespaces, links and addresses."""
 
@@ -192,12 +224,29 @@ class Network(Protocol):
         """
         ...
 
-    async def observe(self) -> set[int]:
-        """The indexes of slots of which the kernel holds anything: a pin or a link."""
+    async def survey(self) -> Mapping[int, Wiring]:
+        """What there is of which slot: those of which the kernel holds a pin or a link, by their index."""
         ...
 
-    async def intact(self, slot: Slot, netns: str) -> bool:
-        """Whether pin, name and link of a slot are all there."""
+    async def mend(self, slot: Slot, netns: str) -> Sequence[str]:
+        """Make a slot whole that lost its pin, its name or its link; returns what was mended.
+
+        What runs in it goes on. It must be furnished again where its link was.
+
+        Raises NetnsLost where nothing leads to its namespace any more, NetnsTaken where its name is somebody else's,
+        KernelError.
+        """
+        ...
+
+    async def mend_bridges(self, bridges: Sequence[Bridge], *, look: bool = False) -> Sequence[str]:
+        """Make these bridges and the host's settings for them as they should be; returns what was not.
+
+        ``look``: change nothing. Raises KernelError.
+        """
+        ...
+
+    async def inspect(self) -> Inspection:
+        """Look at what is in all slots, and on what is mounted there. Takes a look at every process of the host."""
         ...
 
     async def listeners(self, slot: Slot) -> frozenset[Listener]:
@@ -237,6 +286,13 @@ class Firewall(Protocol):
         """Make them what was opened and not closed, at the moment of looking; returns whether they were not."""
         ...
 
+    async def differences(self, openings: Sequence[Opening], moving: Sequence[Opening]) -> tuple[list[str], list[str]]:
+        """Compare with what is loaded: elements that are missing of ``openings``, and elements that nobody opened.
+
+        Those of ``moving`` may be there, or not. A missing table counts as one element. Raises KernelError.
+        """
+        ...
+
     def is_listening(self, protocol: str, port: int) -> bool:
         """Whether a socket of the host has that port already."""
         ...
@@ -273,8 +329,16 @@ class Store(Protocol):
         """Forget a template."""
         ...
 
+    def ids(self) -> frozenset[str]:
+        """Of all environments."""
+        ...
+
     def set_state(self, environment_id: str, state: str) -> None:
         """Write an environment's stored state."""
+        ...
+
+    def set_boot(self, environment_id: str, boot_id: str) -> None:
+        """Write in which run of the kernel an environment was made."""
         ...
 
     def set_service(self, environment_id: str, service: Service) -> None:

@@ -6,7 +6,7 @@ from __future__ import annotations
 
 import re
 import uuid
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import TYPE_CHECKING
@@ -111,7 +111,12 @@ class Registry:
     @property
     def published(self) -> int:
         """How many host ports are leased."""
-        return self._ports.leased
+        return len(self._ports.leases)
+
+    @property
+    def leases(self) -> Mapping[tuple[str, int], str]:
+        """Who holds which host port: (protocol, port) to an environment's id."""
+        return dict(self._ports.leases)
 
     @property
     def addresses_free(self) -> int:

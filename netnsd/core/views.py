@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from netnsd import wire
+from netnsd.core.audit import Difference
 from netnsd.core.environment import Environment, Template
 from netnsd.core.pool import Pool
 
@@ -18,6 +19,12 @@ def environment(kept: Environment) -> wire.Environment:
                                exit_code=s.exit_code, restart=s.restart, restarts=s.restarts, health=s.health)
                   for s in kept.services.values()],
         labels=kept.labels, share=kept.share, resources=kept.resources, created_at=kept.created_at)
+
+
+def difference(found: Difference) -> wire.Difference:
+    """Something in which state file and kernel do not agree."""
+    return wire.Difference(kind=found.kind, what=found.what, subject=found.subject, message=found.message,
+                           environment=found.environment)
 
 
 def pool(kept: Pool) -> wire.Pool:

@@ -32,7 +32,7 @@ from netnsd.core.registry import Settings
 from netnsd.core.templates import Templates
 from netnsd.daemon.config import Config
 from netnsd.errors import ConfigError, HostUnfit, NetnsdError, SupernetConflict
-from netnsd.kernel import bridges, host, logfile, ruleset_watch
+from netnsd.kernel import bridges, host, logfile, loss_watch, ruleset_watch
 from netnsd.kernel.cgroup import CgroupTree
 from netnsd.kernel.files import EnvironmentFiles
 from netnsd.kernel.firewall import NftFirewall
@@ -126,6 +126,8 @@ class Node:
                         nursery.start_soon(self._look_after_logs, files)
                         nursery.start_soon(self._check_now_and_then)
                         nursery.start_soon(self._watch_rules)
+                        nursery.start_soon(self._watch_links)
+                        nursery.start_soon(self._watch_names)
                         await self._open_sockets(nursery, files)
                         task_status.started()
                     with trio.move_on_after(self._config.daemon.grace_seconds, shield=True):
@@ -177,7 +179,7 @@ class Node:
         api, attach = self._listen(API_SOCKET), self._listen(ATTACH_SOCKET)
         filters = peer.refuse_descriptors(api)
         peer.refuse_descriptors(attach)
-        context = Context(self.environments, self._templates, Metrics(self._figures).text, self._info, self._doctor,
+        context = Context(self.environments, self._templates, Metrics(self._figures).text, self._info, self._examine,
                           files.log_path, logfile.read, self._events.follow)
         closer = Closer(filters_descriptors=filters)
         self._http = HttpServer(application(context), closer)
@@ -241,10 +243,10 @@ class Node:
             pools=[views.pool(service.pool), self._templates.pool()], creations_under_way=service.admission.under_way,
             creations_waiting=service.admission.waiting, creations_refused=service.admission.refused)
 
-    async def _doctor(self) -> wire.Doctor:
+    async def _examine(self) -> list[wire.Check]:
         findings = await host.examine(self._thread, self._config.network.supernet)
-        return wire.Doctor(checks=[wire.Check(name=f.name, ok=f.ok, severity=f.severity, message=f.message,
-                                              hint=f.hint) for f in findings])
+        return [wire.Check(name=f.name, ok=f.ok, severity=f.severity, message=f.message, hint=f.hint)
+                for f in findings]
 
     def _emit(self, kind: str, uid: int, environment: str, name: str, **details: Any) -> None:
         _log.info(kind, uid=uid, environment=environment, name=name, **details)
@@ -261,6 +263,18 @@ class Node:
         async with contextlib.aclosing(ruleset_watch.deletions()) as deletions:
             async for _ in deletions:
                 await self.check()
+
+    async def _watch_links(self) -> None:
+        async with contextlib.aclosing(loss_watch.links()) as losses:
+            async for links in losses:
+                if not links or self.environments.caretaker.concerns(links=links, names=()):
+                    await self.check()
+
+    async def _watch_names(self) -> None:
+        async with contextlib.aclosing(loss_watch.names(str(NETNS_DIRECTORY))) as losses:
+            async for names in losses:
+                if not names or self.environments.caretaker.concerns(links=(), names=names):
+                    await self.check()
 
     async def _look_after_logs(self, files: EnvironmentFiles) -> None:
         while True:

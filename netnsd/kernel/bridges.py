@@ -7,8 +7,12 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import fcntl
 import ipaddress
 import socket
+import struct
+import sys
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -16,10 +20,14 @@ from pyroute2 import IPRoute
 from pyroute2.netlink.exceptions import NetlinkError
 
 from netnsd.core.addressing import BRIDGE_PREFIX, FIRST_BRIDGE_IFINDEX, FIRST_PORT_IFINDEX, Bridge
-from netnsd.kernel.rtnetlink import LINK_ALIAS, LINK_GROUP
+from netnsd.kernel.rtnetlink import LINK_ALIAS
 
 _SYSCTL = Path("/proc/sys/net/ipv4")
 _IPV6 = Path("/proc/sys/net/ipv6")
+# linux/sockios.h, linux/if.h
+_SIOCGIFFLAGS, _SIOCGIFADDR, _SIOCGIFHWADDR, _SIOCGIFINDEX = 0x8913, 0x8915, 0x8927, 0x8933
+_IFF_UP = 1
+_REQUEST = struct.Struct("16s24s")  # struct ifreq
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,15 +80,32 @@ class Bridges:
         _configure(bridge.name)
         self._present.add(bridge.ifindex)
 
+    def mend(self, needed: Iterable[Bridge], *, look: bool) -> list[str]:
+        """Make these bridges and their settings as they should be; returns what was not. ``look``: change nothing.
+
+        Raises OSError.
+        """
+        wrong = []
+        for bridge in needed:
+            if not _is_whole(bridge):
+                wrong.append(bridge.name)
+                if not look:
+                    self._present.discard(bridge.ifindex)
+                    if self.has_link(bridge.name):
+                        self._delete([bridge.ifindex])
+                    self.ensure(bridge)
+                continue
+            for path, value in _settings(bridge.name):
+                if path.read_text().strip() != value:
+                    wrong.append(str(path))
+                    if not look:
+                        _write(path, value)
+        return wrong
+
     def remove(self) -> None:
         """Remove all of our bridges."""
         self._delete(sorted(self._present))
         self._present.clear()
-
-    def ports(self) -> list[str]:
-        """The names of the links that carry our mark."""
-        return [link.get_attr("IFLA_IFNAME") for link in _links()
-                if link.get_attr("IFLA_GROUP") == LINK_GROUP and link.get_attr("IFLA_IFALIAS") == LINK_ALIAS]
 
     def has_link(self, name: str) -> bool:
         """Whether the host has a link of that name."""
@@ -165,15 +190,36 @@ def _forwarding_of(interface: str) -> Path:
 
 
 def _configure(name: str) -> None:
-    settings = _SYSCTL / "conf" / name
+    for path, value in _settings(name):
+        _write(path, value)
+
+
+def _settings(name: str) -> list[tuple[Path, str]]:
+    own = _SYSCTL / "conf" / name
     # 127.0.0.1:PORT of the host is translated to an environment's address; the firewall's guard closes the hole
     # that route_localnet opens the other way (Documentation/networking/ip-sysctl.rst).
-    _write(settings / "route_localnet", "1")
-    _write(settings / "forwarding", "1")
-    _write(settings / "send_redirects", "0")
+    settings = [(own / "route_localnet", "1"), (own / "forwarding", "1"), (own / "send_redirects", "0")]
     # The rules are IPv4's: no environment may reach the host by the bridge's link-local address.
     if _IPV6.exists():
-        _write(_IPV6 / "conf" / name / "disable_ipv6", "1")
+        settings.append((_IPV6 / "conf" / name / "disable_ipv6", "1"))
+    return settings
+
+
+def _is_whole(bridge: Bridge) -> bool:
+    """Whether it is there under its index, is up, and has its address and its MAC: netdevice(7)."""
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM | socket.SOCK_CLOEXEC) as asker:
+        def ask(request: int) -> bytes:
+            return fcntl.ioctl(asker, request, _REQUEST.pack(bridge.name.encode(), b""))[16:]
+
+        try:
+            flags = int.from_bytes(ask(_SIOCGIFFLAGS)[:2], sys.byteorder)
+            index = int.from_bytes(ask(_SIOCGIFINDEX)[:4], sys.byteorder)
+            return (index == bridge.ifindex and bool(flags & _IFF_UP) and ask(_SIOCGIFHWADDR)[2:8] == bridge.mac
+                    and ask(_SIOCGIFADDR)[4:8] == socket.inet_aton(bridge.address))
+        except OSError as error:
+            if error.errno not in (errno.ENODEV, errno.EADDRNOTAVAIL):
+                raise
+            return False
 
 
 def _links() -> list:  # type: ignore[type-arg]

@@ -166,6 +166,10 @@ class NftFirewall:
         """See ``core.interfaces.Firewall``."""
         return await self._thread.run(self._in_turn(self._put_right), Priority.CHECK)
 
+    async def differences(self, openings: Sequence[Opening], moving: Sequence[Opening]) -> tuple[list[str], list[str]]:
+        """See ``core.interfaces.Firewall``."""
+        return await self._thread.run(self._in_turn(lambda: self._differences(openings, moving)), Priority.CHECK)
+
     def is_listening(self, protocol: str, port: int) -> bool:
         """See ``core.interfaces.Firewall``."""
         return sockets.is_listening(protocol, port)
@@ -260,6 +264,14 @@ class NftFirewall:
         self._loaded, self._uplinks = self._listing(), uplinks
         self._forwarding.switch_on(uplinks)
         return True
+
+    def _differences(self, openings: Sequence[Opening], moving: Sequence[Opening]) -> tuple[list[str], list[str]]:
+        if self._listing() != self._loaded:
+            return ["table ip netnsd, or rules of it"], []
+        present, wanted = self._present(), _present(openings, self._uplinks)
+        missing, surplus = wanted - present, present - wanted - _present(moving, ())
+        return ([f"{name} {{ {element} }}" for name, element in sorted(missing)],
+                [f"{name} {{ {element} }}" for name, element in sorted(surplus)])
 
     def _listing(self) -> str:
         try:

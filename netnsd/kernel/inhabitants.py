@@ -5,16 +5,18 @@ from __future__ import annotations
 import contextlib
 import os
 import signal
+from collections.abc import Set as AbstractSet
 
 
-def find(namespaces: set[int]) -> list[int]:
-    """The pids of processes whose network namespace has one of these inode numbers (of nsfs)."""
-    return [int(entry) for entry in os.listdir("/proc") if entry.isdigit() and _namespace_of(entry) in namespaces]
+def find(namespaces: AbstractSet[int]) -> list[tuple[int, int]]:
+    """(pid, namespace) of processes whose network namespace has one of these inode numbers (of nsfs)."""
+    return [(int(entry), namespace) for entry in os.listdir("/proc")
+            if entry.isdigit() and (namespace := _namespace_of(entry)) is not None and namespace in namespaces]
 
 
-def kill(namespaces: set[int]) -> None:
+def kill(namespaces: AbstractSet[int]) -> None:
     """SIGKILL every process in these namespaces. Through a pidfd, so that no other process can be hit."""
-    for pid in find(namespaces):
+    for pid, _namespace in find(namespaces):
         with contextlib.suppress(ProcessLookupError):
             fd = os.pidfd_open(pid)
             try:

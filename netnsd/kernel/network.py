@@ -11,17 +11,17 @@ import contextlib
 import errno
 import os
 import socket
-from collections.abc import Awaitable, Callable, Iterable, Sequence
+from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 from typing import TypeVar
 
 import trio
 
-from netnsd.core.addressing import PORT_PREFIX, Slot
-from netnsd.core.interfaces import Listener, Publication
-from netnsd.errors import KernelError, NetnsTaken
-from netnsd.kernel import bridges, carrier, inhabitants, inner, libc, namespace_thread, rtnetlink, sockets
+from netnsd.core.addressing import INSIDE_IFINDEX, Bridge, Slot
+from netnsd.core.interfaces import Inspection, Listener, Publication, Wiring
+from netnsd.errors import KernelError, NetnsLost, NetnsTaken
+from netnsd.kernel import bridges, carrier, inhabitants, inner, libc, namespace_thread, rtnetlink, sockets, survey
 from netnsd.kernel.namespace_thread import NamespaceThread, Priority
 
 NETNS_DIRECTORY = Path("/run/netns")
@@ -97,13 +97,23 @@ class KernelNetwork:
         """See ``core.interfaces.Network``. Beside the thread: no namespace is entered, and creations go on."""
         await trio.to_thread.run_sync(self._unwire, slots, limiter=self._removals)
 
-    async def observe(self) -> set[int]:
-        """See ``core.interfaces.Network``."""
-        return await self._thread.run(self._observe, Priority.CHECK)
+    async def survey(self) -> Mapping[int, Wiring]:
+        """See ``core.interfaces.Network``. Beside the thread: no namespace is entered."""
+        return await trio.to_thread.run_sync(_translated("survey", lambda: survey.take(self._pins, NETNS_DIRECTORY)))
 
-    async def intact(self, slot: Slot, netns: str) -> bool:
+    async def inspect(self) -> Inspection:
+        """See ``core.interfaces.Network``. Beside the thread, too."""
+        return await trio.to_thread.run_sync(
+            _translated("inspect", lambda: survey.inspect(self._pins, NETNS_DIRECTORY)))
+
+    async def mend(self, slot: Slot, netns: str) -> Sequence[str]:
         """See ``core.interfaces.Network``."""
-        return await self._thread.run(lambda: self._intact(slot, netns), Priority.CHECK)
+        return await self._thread.run(_translated("mend", lambda: self._mend(slot, netns)), Priority.FURNISH)
+
+    async def mend_bridges(self, needed: Sequence[Bridge], *, look: bool = False) -> Sequence[str]:
+        """See ``core.interfaces.Network``."""
+        return await self._thread.run(_translated("bridge", lambda: self._bridges.mend(needed, look=look)),
+                                      Priority.CHECK)
 
     def is_taken(self, netns: str) -> bool:
         """See ``core.interfaces.Network``."""
@@ -111,13 +121,10 @@ class KernelNetwork:
 
     async def _in_slot(self, stage: str, slot: Slot, job: Callable[[], T], priority: Priority) -> T:
         def call() -> T:
-            try:
-                namespace_thread.enter(self._pin(slot.index))
-                return job()
-            except OSError as error:
-                raise KernelError.at(getattr(error, "stage", stage), error) from error
+            namespace_thread.enter(self._pin(slot.index))
+            return job()
 
-        return await self._thread.run(call, priority)
+        return await self._thread.run(_translated(stage, call), priority)
 
     def _pin(self, index: int) -> str:
         return f"{self._pins}/{index}"
@@ -144,7 +151,6 @@ class KernelNetwork:
 
     def _wire(self, slot: Slot, netns: str | None) -> None:
         """Make everything of a slot; its name comes last, so that what has its name is whole."""
-        assert self._route is not None
         stage = "bridge"
         try:
             with ExitStack() as undo:
@@ -159,15 +165,7 @@ class KernelNetwork:
                 undo.callback(namespace_thread.unpin, self._pin(slot.index))
                 stage = "link"
                 undo.callback(self._unlink_from_host, slot)
-                self._route.transact(rtnetlink.host_batch(slot, own, has_ipv6=self._has_ipv6))
-                inside = rtnetlink.RouteSocket()
-                try:
-                    inside.transact(rtnetlink.inside_batch(slot, has_ipv6=self._has_ipv6))
-                finally:
-                    inside.close()
-                stage = "carrier"
-                namespace_thread.leave(self._thread.host_fd)
-                carrier.await_running(slot.bridge.name, slot.port_name)
+                self._link(slot, own)
                 if netns is not None:
                     stage = "name"
                     self._name(slot.index, netns)
@@ -202,9 +200,8 @@ class KernelNetwork:
         # The host's ends first, explicitly: a namespace that sockets with unsent data pin keeps its own for seconds.
         attempt("link", lambda: self._unlink([slot for slot, _ in slots]))
         # Processes that left their cgroup, or that root put there, would keep the namespace alive.
-        attempt("inhabitants", lambda: inhabitants.kill({inode.st_ino for slot, _ in slots
-                                                         if (inode := _inode(self._pin(slot.index)))
-                                                         and _is_namespace(inode)}))
+        attempt("inhabitants", lambda: inhabitants.kill({
+            namespace for slot, _ in slots if (namespace := survey.namespace_at(self._pin(slot.index))) is not None}))
         for slot, netns in slots:
             name = netns if netns != "" else self._name_of(slot.index)
             if name is not None:
@@ -220,12 +217,11 @@ class KernelNetwork:
 
     def _name_of(self, index: int) -> str | None:
         """The name in /run/netns of a slot that no record tells of."""
-        ours = _inode(self._pin(index))
-        for name in os.listdir(NETNS_DIRECTORY):
-            named = _inode(str(NETNS_DIRECTORY / name))
-            if ours is not None and named is not None and _is_namespace(named) and named.st_ino == ours.st_ino:
-                return name
-        return None
+        ours = survey.namespace_at(self._pin(index))
+        if ours is None:
+            return None
+        return next((name for name in os.listdir(NETNS_DIRECTORY)
+                     if survey.namespace_at(f"{NETNS_DIRECTORY}/{name}") == ours), None)
 
     @staticmethod
     def _unlink(slots: list[Slot]) -> None:
@@ -243,45 +239,92 @@ class KernelNetwork:
             raise KernelError.at("unpin", error) from error
 
     def _tidy(self, kept: dict[int, str]) -> None:
-        owners = {inode.st_ino: index for index in kept if (inode := _inode(self._pin(index))) and _is_namespace(inode)}
-        found = [(name, _inode(f"{NETNS_DIRECTORY}/{name}")) for name in os.listdir(NETNS_DIRECTORY)] if owners else []
-        self._unname_all((index, name) for name, inode in found
-                         if inode is not None and (index := owners.get(inode.st_ino)) is not None
-                         and _is_namespace(inode) and kept[index] != name)
+        owners = {namespace: index for index in kept
+                  if (namespace := survey.namespace_at(self._pin(index))) is not None}
+        found = [(name, survey.namespace_at(f"{NETNS_DIRECTORY}/{name}"))
+                 for name in os.listdir(NETNS_DIRECTORY)] if owners else []
+        self._unname_all((owners[namespace], name) for name, namespace in found
+                         if namespace in owners and kept[owners[namespace]] != name)
 
     def _unname(self, index: int, name: str) -> None:
         """Remove the name in /run/netns where it is ours: same namespace as the slot's pin, or left half-made."""
-        ours, named = _inode(self._pin(index)), _inode(name)
-        if named is None or (_is_namespace(named) and (ours is None or named.st_ino != ours.st_ino)):
+        ours, named = survey.inode(self._pin(index)), survey.inode(name)
+        if named is None or (survey.is_namespace(named) and (ours is None or named.st_ino != ours.st_ino)):
             return
-        if not _is_namespace(named) and named.st_size:
+        if not survey.is_namespace(named) and named.st_size:
             return
         namespace_thread.unpin(name)
 
-    def _observe(self) -> set[int]:
-        found = {int(entry) for entry in os.listdir(self._pins) if entry.isdigit()}
-        for name in self._bridges.ports():
-            number = name.removeprefix(PORT_PREFIX)
-            if number.isdigit():
-                found.add(int(number))
-        return found
+    def _mend(self, slot: Slot, netns: str) -> list[str]:
+        assert self._route is not None
+        mended = []
+        pin, name = self._pin(slot.index), f"{NETNS_DIRECTORY}/{netns}"
+        if survey.namespace_at(pin) is None:
+            # A name may be anybody's: what tells our namespace is the slot's own link in it.
+            if survey.namespace_at(name) is None or not self._has_end_of(slot, name):
+                raise NetnsLost(f"nothing leads to the namespace {netns!r} any more", hint="Create it again.")
+            namespace_thread.unpin(pin)
+            namespace_thread.bind(name, pin)
+            mended.append("pin")
+        if survey.namespace_at(name) != survey.namespace_at(pin):
+            self._unname(slot.index, name)  # half of one, of ours
+            self._name(slot.index, netns)
+            mended.append("name")
+        link = next((port for port in self._route.ports() if port.index == slot.port_ifindex), None)
+        if link is None:
+            self._link_again(slot)
+            mended.append("link")
+        elif not (link.is_up and link.master == slot.bridge.ifindex and link.alias == rtnetlink.LINK_ALIAS
+                  and (link.group, link.mac) == (rtnetlink.LINK_GROUP, slot.port_mac)):
+            self._bridges.ensure(slot.bridge)
+            self._route.transact(rtnetlink.rejoin_batch(slot, has_ipv6=self._has_ipv6))
+            mended.append("link")
+        return mended
 
-    def _intact(self, slot: Slot, netns: str) -> bool:
-        ours, named = _inode(self._pin(slot.index)), _inode(str(NETNS_DIRECTORY / netns))
-        return (ours is not None and _is_namespace(ours) and named is not None and named.st_ino == ours.st_ino
-                and self._bridges.has_link(slot.port_name))
+    def _link_again(self, slot: Slot) -> None:
+        """Wire a namespace again that has lost its link, and with it address and route."""
+        self._bridges.ensure(slot.bridge)
+        namespace_thread.enter(self._pin(slot.index))
+        with ExitStack() as undo:
+            own = namespace_thread.open_own()
+            try:
+                undo.callback(self._unlink_from_host, slot)
+                self._link(slot, own)
+                undo.pop_all()
+            finally:
+                os.close(own)
+
+    def _link(self, slot: Slot, own: int) -> None:
+        """From inside a namespace, of which ``own`` is a descriptor: wire it, and be back in the host's."""
+        assert self._route is not None
+        self._route.transact(rtnetlink.host_batch(slot, own, has_ipv6=self._has_ipv6))
+        inside = rtnetlink.RouteSocket()
+        try:
+            inside.transact(rtnetlink.inside_batch(slot, has_ipv6=self._has_ipv6))
+        finally:
+            inside.close()
+        namespace_thread.leave(self._thread.host_fd)
+        carrier.await_running(slot.bridge.name, slot.port_name)
+
+    def _has_end_of(self, slot: Slot, path: str) -> bool:
+        """Whether the namespace at ``path`` has the inner end of the slot's link."""
+        namespace_thread.enter(path)
+        try:
+            with contextlib.closing(rtnetlink.RouteSocket()) as route:
+                return any(port.index == INSIDE_IFINDEX and port.mac == slot.mac for port in route.ports())
+        finally:
+            namespace_thread.leave(self._thread.host_fd)
 
 
-def _inode(path: str) -> os.stat_result | None:
-    try:
-        return os.lstat(path)
-    except FileNotFoundError:
-        return None
+def _translated(stage: str, job: Callable[[], T]) -> Callable[[], T]:
+    """``job``, whose OSError is a KernelError of that stage."""
+    def call() -> T:
+        try:
+            return job()
+        except OSError as error:
+            raise KernelError.at(getattr(error, "stage", stage), error) from error
 
-
-def _is_namespace(status: os.stat_result) -> bool:
-    """Whether this is a file of nsfs: all namespaces are on the one device that our own is on."""
-    return status.st_dev == os.stat("/proc/self/ns/net").st_dev
+    return call
 
 
 def _make_mount(directory: Path, propagation: int) -> None:

@@ -60,6 +60,18 @@ class Subjects:
         """Be somebody who deletes a slot's link."""
         raise NotImplementedError
 
+    async def lose_name(self, slot: Slot) -> None:
+        """Be somebody who deletes the name ``web`` of a slot."""
+        raise NotImplementedError
+
+    async def lose_pin(self, slot: Slot) -> None:
+        """Be somebody who unmounts a slot's pin."""
+        raise NotImplementedError
+
+    async def break_bridge(self, slot: Slot) -> None:
+        """Be somebody who deletes a slot's bridge."""
+        raise NotImplementedError
+
     async def drift(self) -> None:
         """Be a tool that flushes the host's rules."""
         raise NotImplementedError
@@ -98,7 +110,16 @@ class FakeSubjects(Subjects):
         self.network.foreign.add(name)
 
     async def lose_link(self, slot: Slot) -> None:
-        del self.network.slots[slot.index]
+        self.network.unlinked.add(slot.index)
+
+    async def lose_name(self, slot: Slot) -> None:
+        self.network.nameless.add(slot.index)
+
+    async def lose_pin(self, slot: Slot) -> None:
+        self.network.unpinned.add(slot.index)
+
+    async def break_bridge(self, slot: Slot) -> None:
+        self.network.bad_bridges.append(slot.bridge.name)
 
     async def drift(self) -> None:
         self.firewall.flush()
@@ -145,7 +166,7 @@ class RealSubjects(Subjects):
                     await trio.run_process(["ip", "netns", "delete", name])
                 with trio.fail_after(5):
                     await cgroups.remove("")
-                await network.unwire([(PLAN.slot(index), "") for index in await network.observe()])
+                await network.unwire([(PLAN.slot(index), "") for index in await network.survey()])
                 processes.retire()
                 nursery.cancel_scope.cancel()
             await firewall.stop(remove=True)
@@ -170,6 +191,15 @@ class RealSubjects(Subjects):
 
     async def lose_link(self, slot: Slot) -> None:
         await trio.run_process(["ip", "link", "delete", slot.port_name])
+
+    async def lose_name(self, slot: Slot) -> None:
+        await trio.run_process(["ip", "netns", "delete", "web"])
+
+    async def lose_pin(self, slot: Slot) -> None:
+        await trio.run_process(["umount", f"{self.directory}/run/slots/{slot.index}"])
+
+    async def break_bridge(self, slot: Slot) -> None:
+        await trio.run_process(["ip", "link", "delete", slot.bridge.name])
 
     async def drift(self) -> None:
         await trio.run_process(["nft", "flush", "ruleset"])

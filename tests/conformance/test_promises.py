@@ -9,13 +9,19 @@ from contextlib import asynccontextmanager
 import pytest
 import trio
 
-from netnsd.core.interfaces import Exited, Listener, Opening, Publication
-from netnsd.errors import KernelError, LaunchFailed, NetnsTaken
+from netnsd.core.addressing import Slot
+from netnsd.core.interfaces import Exited, Inspection, Listener, Network, Opening, Publication
+from netnsd.core.reconcile import faults
+from netnsd.errors import KernelError, LaunchFailed, NetnsLost, NetnsTaken
 from tests.conformance.subjects import PLAN, Subjects, environment
 
 WEB, DB, FAR = PLAN.slot(0), PLAN.slot(1), PLAN.slot(251)
 OPEN_WEB = Opening(WEB.address, 61001, (Publication("tcp", 20000, 3000), Publication("udp", 20000, 53)))
 OPEN_DB = Opening(DB.address, 61002, (Publication("tcp", 20001, 5432),))
+
+
+async def is_whole(network: Network, slot: Slot, name: str) -> bool:
+    return faults(environment(slot, name), await network.survey()) == ()
 
 
 # -- Network ----------------------------------------------------------------------------------------------------
@@ -27,14 +33,14 @@ async def test_what_is_wired_is_there_and_what_is_unwired_is_not(subjects: Subje
         assert not network.is_taken(name)
         await network.wire(slot, name)
         assert network.is_taken(name)
-        assert await network.intact(slot, name)
-        assert not await network.intact(slot, "other")
-    assert await network.observe() == {0, 1, 251}
+        assert await is_whole(network, slot, name)
+        assert not await is_whole(network, slot, "other")
+    assert set(await network.survey()) == {0, 1, 251}
     await network.unwire([(WEB, "web"), (FAR, "web.alice")])
-    assert await network.observe() == {1}
+    assert set(await network.survey()) == {1}
     assert not network.is_taken("web")
-    assert not await network.intact(WEB, "web")
-    assert await network.intact(DB, "db")
+    assert not await is_whole(network, WEB, "web")
+    assert await is_whole(network, DB, "db")
 
 
 async def test_unwiring_again_and_unwiring_nothing_are_fine(subjects: Subjects) -> None:
@@ -42,14 +48,14 @@ async def test_unwiring_again_and_unwiring_nothing_are_fine(subjects: Subjects) 
     for _ in range(2):
         await subjects.network.unwire([(WEB, "web"), (DB, "never-was")])
     await subjects.network.unwire([])
-    assert await subjects.network.observe() == set()
+    assert set(await subjects.network.survey()) == set()
 
 
 async def test_a_slot_can_be_wired_again_at_once_under_another_name(subjects: Subjects) -> None:
     for number in range(5):
         await subjects.network.wire(WEB, f"e{number}")
         await subjects.network.unwire([(WEB, f"e{number}")])
-    assert await subjects.network.observe() == set()
+    assert set(await subjects.network.survey()) == set()
 
 
 async def test_a_foreign_namespace_is_taken_refused_and_untouched(subjects: Subjects) -> None:
@@ -57,7 +63,7 @@ async def test_a_foreign_namespace_is_taken_refused_and_untouched(subjects: Subj
     assert subjects.network.is_taken("theirs")
     with pytest.raises(NetnsTaken):
         await subjects.network.wire(WEB, "theirs")
-    assert await subjects.network.observe() == set()
+    assert set(await subjects.network.survey()) == set()
     await subjects.network.unwire([(WEB, "theirs")])
     assert subjects.network.is_taken("theirs")
 
@@ -65,7 +71,7 @@ async def test_a_foreign_namespace_is_taken_refused_and_untouched(subjects: Subj
 async def test_an_orphan_is_unwired_without_its_name(subjects: Subjects) -> None:
     await subjects.network.wire(WEB, "web")
     await subjects.network.unwire([(WEB, "")])
-    assert await subjects.network.observe() == set()
+    assert set(await subjects.network.survey()) == set()
     assert not subjects.network.is_taken("web")
 
 
@@ -91,22 +97,81 @@ async def test_a_prepared_slot_has_no_name_until_it_is_claimed_and_is_whole_then
     network = subjects.network
     for slot in (WEB, DB, FAR):
         await network.prepare(slot)
-    assert await network.observe() == {0, 1, 251}
+    assert set(await network.survey()) == {0, 1, 251}
     assert not network.is_taken("web")
-    assert not await network.intact(WEB, "web")
+    assert not await is_whole(network, WEB, "web")
     await network.claim(WEB, "web")
     assert network.is_taken("web")
-    assert await network.intact(WEB, "web")
-    assert not await network.intact(DB, "web")
+    assert await is_whole(network, WEB, "web")
+    assert not await is_whole(network, DB, "web")
     await network.furnish(WEB, OPEN_WEB.publications)
     await subjects.listen(WEB, "tcp", 80)
     assert await network.listeners(WEB) == {Listener("tcp", "0.0.0.0", 80)}
     assert await network.listeners(DB) == frozenset()
     await network.unwire([(WEB, "web"), (DB, None)])
     assert not network.is_taken("web")
-    assert await network.observe() == {251}
+    assert set(await network.survey()) == {251}
     await network.unwire([(FAR, None), (FAR, None)])
-    assert await network.observe() == set()
+    assert set(await network.survey()) == set()
+
+
+async def test_what_a_slot_lost_is_mended_and_what_it_has_is_let_be(subjects: Subjects) -> None:
+    network = subjects.network
+    await network.wire(WEB, "web")
+    await network.wire(DB, "db")
+    await subjects.listen(WEB, "tcp", 80)
+    assert await network.mend(WEB, "web") == []
+    for lose, part in ((subjects.lose_link, "link"), (subjects.lose_name, "name"), (subjects.lose_pin, "pin")):
+        await lose(WEB)
+        lacking = faults(environment(WEB, "web"), await network.survey())
+        assert part in lacking
+        assert await network.mend(WEB, "web") == [part]
+        assert await is_whole(network, WEB, "web")
+        assert await is_whole(network, DB, "db")
+        assert await network.listeners(WEB) == {Listener("tcp", "0.0.0.0", 80)}, "it is the same namespace"
+    await subjects.lose_link(WEB)
+    await subjects.lose_name(WEB)
+    assert set(await network.mend(WEB, "web")) == {"link", "name"}
+    assert await is_whole(network, WEB, "web")
+
+
+async def test_a_slot_to_which_nothing_leads_is_lost(subjects: Subjects) -> None:
+    with pytest.raises(NetnsLost):
+        await subjects.network.mend(WEB, "web")
+    await subjects.network.wire(WEB, "web")
+    await subjects.lose_pin(WEB)
+    await subjects.lose_name(WEB)
+    with pytest.raises(NetnsLost):
+        await subjects.network.mend(WEB, "web")
+
+
+async def test_a_name_that_became_somebody_elses_is_let_be(subjects: Subjects) -> None:
+    await subjects.network.wire(WEB, "web")
+    await subjects.lose_name(WEB)
+    await subjects.make_foreign("web")
+    with pytest.raises(NetnsTaken):
+        await subjects.network.mend(WEB, "web")
+    assert faults(environment(WEB, "web"), await subjects.network.survey()) == ("name",)
+    await subjects.network.unwire([(WEB, "web")])
+    assert subjects.network.is_taken("web")
+
+
+async def test_bridges_are_mended_and_looked_at(subjects: Subjects) -> None:
+    network = subjects.network
+    await network.wire(WEB, "web")
+    assert await network.mend_bridges([WEB.bridge]) == []
+    await subjects.break_bridge(WEB)
+    wrong = await network.mend_bridges([WEB.bridge], look=True)
+    assert wrong
+    assert await network.mend_bridges([WEB.bridge]) == wrong
+    assert await network.mend_bridges([WEB.bridge], look=True) == []
+    await network.mend(WEB, "web")
+    assert await is_whole(network, WEB, "web")
+
+
+async def test_nobody_is_in_a_slot_in_which_nothing_was_started(subjects: Subjects) -> None:
+    await subjects.network.wire(WEB, "web")
+    assert await subjects.network.inspect() == Inspection({}, frozenset())
 
 
 async def test_a_slot_can_be_prepared_wired_and_prepared_again(subjects: Subjects) -> None:
@@ -118,7 +183,7 @@ async def test_a_slot_can_be_prepared_wired_and_prepared_again(subjects: Subject
         await subjects.network.prepare(WEB)
         await subjects.network.claim(WEB, f"e{number}")
         await subjects.network.unwire([(WEB, f"e{number}")])
-    assert await subjects.network.observe() == set()
+    assert set(await subjects.network.survey()) == set()
 
 
 async def test_a_prepared_slot_can_be_furnished_with_ever_more_publications(subjects: Subjects) -> None:
@@ -126,7 +191,7 @@ async def test_a_prepared_slot_can_be_furnished_with_ever_more_publications(subj
     await subjects.network.claim(WEB, "web")
     for publications in ((), OPEN_WEB.publications[:1], OPEN_WEB.publications, OPEN_WEB.publications, ()):
         await subjects.network.furnish(WEB, publications)
-    assert await subjects.network.intact(WEB, "web")
+    assert await is_whole(subjects.network, WEB, "web")
 
 
 async def test_a_claim_of_a_foreign_name_is_refused_and_the_slot_is_as_it_was(subjects: Subjects) -> None:
@@ -139,8 +204,8 @@ async def test_a_claim_of_a_foreign_name_is_refused_and_the_slot_is_as_it_was(su
     with pytest.raises(NetnsTaken):
         await subjects.network.claim(WEB, "db")
     await subjects.network.claim(WEB, "web")
-    assert await subjects.network.intact(WEB, "web")
-    assert await subjects.network.intact(DB, "db")
+    assert await is_whole(subjects.network, WEB, "web")
+    assert await is_whole(subjects.network, DB, "db")
     await subjects.network.unname(WEB, "web")
     await subjects.network.unwire([(WEB, "theirs")])  # a record that was written before the claim
     assert subjects.network.is_taken("theirs")
@@ -156,7 +221,7 @@ async def test_a_claim_of_a_slot_whose_link_is_gone_is_an_error_and_gives_no_nam
         await subjects.network.claim(DB, "web")
     assert not subjects.network.is_taken("web")
     await subjects.network.unwire([(WEB, None)])
-    assert await subjects.network.observe() == set()
+    assert set(await subjects.network.survey()) == set()
 
 
 async def test_a_slot_may_have_two_names_until_one_is_taken_back(subjects: Subjects) -> None:
@@ -165,16 +230,16 @@ async def test_a_slot_may_have_two_names_until_one_is_taken_back(subjects: Subje
     await network.claim(WEB, "new")
     assert network.is_taken("old")
     assert network.is_taken("new")
-    assert await network.intact(WEB, "old")
-    assert await network.intact(WEB, "new")
+    assert await is_whole(network, WEB, "old")
+    assert await is_whole(network, WEB, "new")
     for _ in range(2):
         await network.unname(WEB, "old")
         assert not network.is_taken("old")
-        assert not await network.intact(WEB, "old")
-        assert await network.intact(WEB, "new")
+        assert not await is_whole(network, WEB, "old")
+        assert await is_whole(network, WEB, "new")
     await network.claim(WEB, "newer")
     await network.unname(WEB, "newer")
-    assert await network.intact(WEB, "new"), "the other one may be taken back, too"
+    assert await is_whole(network, WEB, "new"), "the other one may be taken back, too"
     assert not network.is_taken("newer")
     await network.unwire([(WEB, "new")])
     assert not network.is_taken("new")
@@ -188,8 +253,8 @@ async def test_a_name_that_is_not_the_slots_is_not_taken_back(subjects: Subjects
         await subjects.network.unname(WEB, name)
     await subjects.network.unname(FAR, "db")
     assert subjects.network.is_taken("theirs")
-    assert await subjects.network.intact(DB, "db")
-    assert await subjects.network.intact(WEB, "web")
+    assert await is_whole(subjects.network, DB, "db")
+    assert await is_whole(subjects.network, WEB, "web")
 
 
 async def test_tidying_leaves_each_slot_the_one_name(subjects: Subjects) -> None:
@@ -202,16 +267,16 @@ async def test_tidying_leaves_each_slot_the_one_name(subjects: Subjects) -> None
     for _ in range(2):
         await network.tidy([(WEB, "b"), (DB, "d"), (PLAN.slot(7), "theirs"), (PLAN.slot(8), "gone")])
         assert [name for name in "abcdef" if network.is_taken(name)] == ["b", "d", "e", "f"], "far was not named"
-        assert await network.intact(WEB, "b")
-        assert await network.intact(DB, "d")
+        assert await is_whole(network, WEB, "b")
+        assert await is_whole(network, DB, "d")
     await network.tidy([])
     assert network.is_taken("theirs")
     await network.tidy([(FAR, "lost")])
     assert not network.is_taken("e")
     assert not network.is_taken("f")
-    assert await network.observe() == {0, 1, 251}
+    assert set(await network.survey()) == {0, 1, 251}
     await network.unwire([(WEB, "b"), (DB, "d"), (FAR, "lost")])
-    assert await network.observe() == set()
+    assert set(await network.survey()) == set()
 
 
 # -- Firewall ---------------------------------------------------------------------------------------------------

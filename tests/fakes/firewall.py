@@ -51,6 +51,13 @@ class FakeFirewall:
         self.loaded, self.owners, self.published = wanted
         return True
 
+    async def differences(self, openings: Sequence[Opening], moving: Sequence[Opening]) -> tuple[list[str], list[str]]:
+        await trio.lowlevel.checkpoint()
+        held = {str(item) for item in (*self.owners, *self.published.items())}
+        wanted, tolerated = ({str(item) for item in (*_owners(some), *_published(some).items())}
+                             for some in (openings, moving))
+        return sorted(wanted - held), sorted(held - wanted - tolerated)
+
     def is_listening(self, protocol: str, port: int) -> bool:
         return (protocol, port) in self.host
 

@@ -163,8 +163,8 @@ async def serving(directory: Path, *, filters: bool | None = None, connections_p
     world = world or World(directory / "state")
     events = EventLog(world.clock.now)
 
-    async def no_doctor() -> wire.Doctor:
-        return wire.Doctor(checks=[])
+    async def no_doctor() -> list[wire.Check]:
+        return []
 
     async def read_log(_path: str, tail: int | None, goes_on: Callable[[], bool] | None) -> AsyncIterator[bytes]:
         yield f"tail {tail}\n".encode()

@@ -36,7 +36,7 @@ def test_info_shows_every_field(daemon: FakeDaemon) -> None:
 def test_doctor_fails_when_something_needed_is_missing(daemon: FakeDaemon, severity: str, code: int) -> None:
     daemon.answers["GET", "/v1/doctor"] = {"checks": [
         {"name": "nftables", "ok": False, "severity": severity, "message": "no libnftables", "hint": "apt install it"},
-        {"name": "veth", "ok": True, "severity": "error", "message": "there", "hint": "hidden"}]}
+        {"name": "veth", "ok": True, "severity": "error", "message": "there", "hint": "hidden"}], "differences": []}
     result = run("doctor")
     assert result.exit_code == code
     assert "no libnftables" in result.stdout

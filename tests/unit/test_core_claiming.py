@@ -164,7 +164,7 @@ async def test_a_spoilt_slot_falls_back_to_one_that_is_made_and_says_so(
     async with made.running() as environments:
         await filled(made)
         first = environments.pool._ready[0]
-        del made.network.slots[first.index]  # somebody deleted its link
+        made.network.unlinked.add(first.index)  # somebody deleted its link
         environment = await environments.create(REQUEST, ALICE)
         assert environment.slot != first
         assert made.network.slots[environment.slot.index] == "web"

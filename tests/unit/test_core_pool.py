@@ -83,7 +83,7 @@ class Host:
             self.slots.claim(slot.index)
         self.taken.clear()  # a row that no kernel answered for: undone
         failures, self.network.failures = self.network.failures, []
-        orphans = await self.network.observe() - {slot.index for slot in self.owned}
+        orphans = set(await self.network.survey()) - {slot.index for slot in self.owned}
         await self.network.unwire([(PLAN.slot(index), "") for index in orphans])
         self.network.failures = failures
         self.pool = Pool(self.network, self.slots, PLAN, PoolSettings(self.size, self.most, self.rate), self.quiet,

@@ -166,7 +166,7 @@ async def test_one_that_is_spoilt_is_passed_over(tmp_path: Path, autojump_clock:
     async with (made := world(tmp_path)).running():
         await add(made, 2)
         first, second = stock_of(made)
-        del made.network.slots[first.slot.index]
+        made.network.unlinked.add(first.slot.index)
         assert await made.templates.create(asked(), ALICE) is second
         await at_rest(made)
         assert first not in made.environments.registry

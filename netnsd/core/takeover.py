@@ -1,0 +1,118 @@
+"""The daemon's start: goes on with what an earlier run made, and ends what that left half-made."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from netnsd.core import reconcile
+from netnsd.core.interfaces import Adapters, Emit
+from netnsd.core.particulars import Particulars, opening
+from netnsd.core.pool import FIRST_SERVICE
+from netnsd.core.supervisor import Supervisor, group_of
+from netnsd.errors import KernelError, NetnsdError
+
+if TYPE_CHECKING:
+    from netnsd.core.caretaker import Caretaker
+    from netnsd.core.environment import Environment, Service
+    from netnsd.core.registry import Registry
+    from netnsd.core.removal import Removal
+    from netnsd.core.settling import Settling
+
+_REBOOTED = "the host was started anew"
+
+
+class Takeover:
+    """Done once, before anybody can ask for anything."""
+
+    def __init__(self, adapters: Adapters, boot_id: str, emit: Emit, *, registry: Registry, supervisor: Supervisor,
+                 particulars: Particulars, settling: Settling, removal: Removal, caretaker: Caretaker) -> None:
+        self._a = adapters
+        self._boot_id = boot_id
+        self._emit = emit
+        self._registry = registry
+        self._supervisor = supervisor
+        self._particulars = particulars
+        self._settling = settling
+        self._removal = removal
+        self._caretaker = caretaker
+
+    async def run(self) -> None:
+        """Do it. Every environment of the state file is whole afterwards, or going. Raises KernelError, StoreError."""
+        desired = self._a.store.environments()
+        for environment in desired:
+            self._registry.remember(environment)
+        try:
+            await self._a.network.tidy([(e.slot, e.netns) for e in desired])
+        except KernelError as error:
+            self._emit("orphan_left", 0, "", "", reason=error.message)
+        await self._mend_bridges(desired)
+        observed = await self._observe(desired)
+        actions = reconcile.plan(desired, observed)
+        lost = dict.fromkeys((e.id for e in actions.lost), _REBOOTED)
+        await self._mend(actions, lost)
+        # Nobody reaches anything of before until what may reach it is known.
+        await self._a.firewall.restore([opening(e) for e, _ in (*actions.adopt, *actions.remake) if e.id not in lost])
+        for environment, services in actions.adopt:
+            if environment.id not in lost:
+                self._adopt(environment, services, observed)
+        await self._caretaker.clear(actions.orphans)
+        for environment, services in actions.remake:
+            await self._remake(environment, services, observed, lost)
+        gone = [e for e in desired if e.id in lost]
+        await self._removal.remove_quietly(actions.undo + gone)
+        for environment in gone:
+            self._particulars.tell("lost", environment, reason=lost[environment.id])
+
+    async def _mend_bridges(self, desired: list[Environment]) -> None:
+        """First: with a bridge that is made anew, the links that were its ports are what there is to mend."""
+        bridges = {e.slot.bridge.index: e.slot.bridge for e in desired if e.boot_id == self._boot_id}
+        try:
+            for name in await self._a.network.mend_bridges(list(bridges.values())):
+                self._emit("bridge_mended", 0, "", "", what=name)
+        except KernelError as error:  # checks try again
+            self._emit("mend_failed", 0, "", "", reason=error.message)
+
+    async def _mend(self, actions: reconcile.Actions, lost: dict[str, str]) -> None:
+        """What cannot be mended is lost: what is left of it is of no use to anybody."""
+        for environment in actions.mend:
+            try:
+                await self._caretaker.mend(environment)
+            except NetnsdError as error:
+                lost[environment.id] = error.message
+
+    def _adopt(self, environment: Environment, services: dict[str, Service], observed: reconcile.Observed) -> None:
+        environment.state = "ready"
+        if FIRST_SERVICE not in environment.services:  # it may have come from the pool a moment ago
+            self._particulars.attended.add(environment.id)
+        # Again, as the daemon may have been killed between the answer and that; done twice it changes nothing.
+        self._settling.settle(environment)
+        self._supervisor.adopt(environment, services, reported=observed.running.keys())
+
+    async def _remake(self, environment: Environment, services: dict[str, Service], observed: reconcile.Observed,
+                      lost: dict[str, str]) -> None:
+        """Make an environment of an earlier boot again, with its id, address and ports; its services follow."""
+        try:
+            # Something may be left of an attempt that was killed.
+            await self._a.network.unwire([(environment.slot, environment.netns)])
+            await self._a.network.wire(environment.slot, environment.netns)
+            with self._a.store.transaction():
+                self._a.store.set_boot(environment.id, self._boot_id)
+        except (NetnsdError, ExceptionGroup) as error:
+            lost[environment.id] = f"it could not be made again: {error}"
+            return
+        environment.boot_id = self._boot_id
+        self._adopt(environment, services, observed)
+        self._particulars.tell("remade", environment, reason=_REBOOTED)
+
+    async def _observe(self, desired: list[Environment]) -> reconcile.Observed:
+        running, exited = await self._a.processes.known()
+        return reconcile.Observed(
+            boot_id=self._boot_id,
+            wiring=await self._a.network.survey(),
+            cgroups=frozenset(self._a.cgroups.observe()),
+            files=frozenset(self._a.files.observe()),
+            populated=frozenset((e.id, s) for e in desired for s in e.services
+                                if self._a.cgroups.populated(group_of(e.slot, s))),
+            running={r.launch_id: r.pid for r in running},
+            exited={x.launch_id: x.code for x in exited},
+        )
