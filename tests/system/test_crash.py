@@ -255,30 +255,6 @@ def test_a_bridge_that_was_half_made_is_made_anew_and_one_of_others_is_let_be(da
     assert "ndbr0" not in host.run(["ip", "-br", "link"]).stdout
 
 
-def test_an_environment_whose_link_or_name_is_gone_ends_and_leaves_nothing(daemon: Daemon) -> None:
-    host = daemon.host
-    with nothing_left(host):
-        environments = {name: _echoing(daemon, ALICE, name) for name in ("linkless", "nameless")}
-        links = {name: host.run(["ip", "-o", "route", "get", environment["address"]]).stdout
-                 for name, environment in environments.items()}
-        assert all("ndbr" in line for line in links.values())
-        (port,) = _ports_of(host, environments["linkless"]["address"])
-        daemon.kill()
-        host.run(["ip", "link", "delete", port], check=True)
-        host.run(["ip", "netns", "delete", "nameless"], check=True)
-        daemon.start()
-        assert daemon.ctl_json("ls", user=ALICE) == []
-        assert all(is_gone(main_of(environment)["pid"]) for environment in environments.values())
-
-
-def _ports_of(host: HostNamespace, address: str) -> list[str]:
-    """The bridge's port that leads to ``address``."""
-    mac = host.run(["ip", "neighbour", "show", address]).stdout.split(" lladdr ")[1].split()[0]
-    port_mac = mac.replace("02:4e", "02:4f", 1)
-    lines = host.run(["ip", "-o", "link"]).stdout.splitlines()
-    return [line.split(": ")[1].partition("@")[0] for line in lines if port_mac in line]
-
-
 def test_namespaces_links_and_tables_of_others_are_untouched_whatever_happens(daemon: Daemon) -> None:
     host = daemon.host
     host.run(["sh", "-ec", "ip netns add web; ip netns add plain; ip link add nd99 type veth peer name peer99"],
