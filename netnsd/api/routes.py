@@ -13,7 +13,7 @@ import msgspec
 from netnsd import wire
 from netnsd.core import views
 from netnsd.core.actor import Actor
-from netnsd.core.environment import Environment
+from netnsd.core.environment import ALIVE, Environment
 from netnsd.core.environments import Environments
 from netnsd.core.pool import MOST_SLOTS
 from netnsd.core.specification import check_labels
@@ -231,7 +231,7 @@ async def _logs(call: Call) -> AsyncIterator[bytes]:
 
     def goes_on() -> bool:
         current = environment.services[service]
-        return current.state in ("starting", "running") and environment.state != "removing"
+        return current.state in ALIVE and environment.state != "removing"
 
     return call.context.read_log(call.context.log_path(environment.id, service), None if tail is None else int(tail),
                                  goes_on if call.flag("follow") else None)

@@ -50,14 +50,14 @@ class Environments:
         self._quiet = Quiet()
         self._slots = SlotAllocator(plan.slots)
         self._particulars = Particulars(emit)
-        self._supervisor = Supervisor(adapters, emit, settings.hard_limits)
         self.registry = Registry(settings, adapters.store, adapters.clock, self._slots,
                                  is_listening=adapters.firewall.is_listening, is_taken=adapters.network.is_taken)
+        self._settling = Settling(adapters, self.registry, self._particulars, self._quiet)
+        self._supervisor = Supervisor(adapters, emit, settings.hard_limits, self._ready, self._settling.furnish)
         self.pool = Pool(SlotMaker(adapters), self._slots, plan, settings.pool, self._quiet,
                          tell=lambda reason: emit("pool_stuck", 0, "", "", reason=reason))
         self.admission = Admission(AT_ONCE, settings.creations_waiting)
         self._waits = Waits(adapters.network, self.registry.__contains__, self._supervisor.changed)
-        self._settling = Settling(adapters, self.registry, self._particulars, self._quiet)
         self._removal = Removal(adapters, self.registry, self._supervisor, self._particulars)
         self.caretaker = Caretaker(adapters, plan, self._slots, emit, registry=self.registry,
                                    particulars=self._particulars, settling=self._settling, removal=self._removal)

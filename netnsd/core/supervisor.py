@@ -9,13 +9,16 @@ from __future__ import annotations
 import os
 import signal
 import uuid
+from collections.abc import Awaitable, Callable
 from collections.abc import Set as AbstractSet
+from contextlib import AbstractAsyncContextManager
 from typing import TYPE_CHECKING
 
 import trio
 
-from netnsd.core.environment import Command, Environment, Service
+from netnsd.core.environment import ALIVE, Command, Environment, Service
 from netnsd.core.interfaces import Exited, Launch
+from netnsd.core.restarts import CALM_SECONDS, Restarts, is_wanted, pause
 from netnsd.errors import NetnsdError, StoreError
 
 if TYPE_CHECKING:
@@ -27,13 +30,24 @@ _WATCH_AGAIN_SECONDS = 1.0
 
 
 class Supervisor:
-    """Knows each service's latest start by its launch id."""
+    """Knows each service's latest start by its launch id.
 
-    def __init__(self, adapters: Adapters, emit: Emit, hard_limits: dict[str, int]) -> None:
+    Args:
+        turn: an environment's lock, under which things of it are started and stopped; raises where it goes.
+        furnish: makes an environment fit for servers, once.
+    """
+
+    def __init__(self, adapters: Adapters, emit: Emit, hard_limits: dict[str, int],
+                 turn: Callable[[Environment], AbstractAsyncContextManager[None]],
+                 furnish: Callable[[Environment], Awaitable[None]]) -> None:
         self._a = adapters
         self._emit = emit
         self._hard_limits = hard_limits
+        self._turn = turn
+        self._furnish = furnish
+        self._restarts = Restarts(self._start_again, self._restart_failed)
         self._launches: dict[str, tuple[Environment, str]] = {}
+        self._since: dict[str, float] = {}
         self._early: dict[str, int | None] = {}
         self._losses = 0
         self._watched: set[str] = set()
@@ -66,9 +80,27 @@ class Supervisor:
     # -- starting and stopping ----------------------------------------------------------------------------------
 
     async def start(self, environment: Environment, service: Service) -> None:
-        """Start a service unless it runs. Raises LaunchFailed, and it is as it was."""
-        if service.state in ("starting", "running"):
-            return
+        """Start a service by hand, unless it runs. Raises LaunchFailed, and it is as it was."""
+        if service.state not in ("starting", "running"):
+            # A restart that is pending finds that it is not due, and where this fails it still is.
+            await self._launch(environment, service.changed(restarts=0, tries=0), before=service)
+
+    async def _start_again(self, environment: Environment, ended: Service) -> None:
+        """Start a service that ended, unless something else became of it meanwhile."""
+        async with self._turn(environment):
+            service = environment.services[ended.name]
+            if service.state != "restarting" or service.launch_id != ended.launch_id:
+                return
+            await self._furnish(environment)
+            service = service.changed(restarts=service.restarts + 1, tries=service.tries + 1)
+            await self._launch(environment, service, before=service)
+
+    def _restart_failed(self, environment: Environment, service: Service, error: NetnsdError) -> None:
+        self._tell("restart_failed", environment, service.name, reason=error.message, restarts=service.restarts,
+                   after_seconds=pause(service.tries))
+
+    async def _launch(self, environment: Environment, service: Service, before: Service) -> None:
+        """Start a service. Raises LaunchFailed, and it is as ``before``."""
         launch_id = uuid.uuid4().hex
         losses = self._losses
         self._launches[launch_id] = (environment, service.name)
@@ -82,14 +114,15 @@ class Supervisor:
                     self.launch_of(environment, service.command, group, launch_id, log))
             finally:
                 os.close(log)
+            self._since[launch_id] = trio.current_time()
             self._save(environment, environment.services[service.name].changed(state="running", pid=pid))
         except BaseException:
-            self._launches.pop(launch_id, None)
-            self._early.pop(launch_id, None)
-            environment.services[service.name] = service  # whatever else fails: "starting" could never be started
+            for known in (self._launches, self._early, self._since):
+                known.pop(launch_id, None)
+            environment.services[service.name] = before  # whatever else fails: "starting" could never be started
             with trio.CancelScope(shield=True):
                 await self._a.cgroups.remove(group)
-            self._save(environment, service)
+            self._save(environment, before)
             raise
         if losses != self._losses:  # who started it may be gone, and its end not be told
             self._watch(environment, environment.services[service.name])
@@ -112,7 +145,7 @@ class Supervisor:
 
         async with trio.open_nursery() as nursery:
             for service in list(environment.services.values()):
-                if service.state in ("starting", "running") or self._a.cgroups.populated(
+                if service.state in ALIVE or self._a.cgroups.populated(
                         group_of(environment.slot, service.name)):
                     nursery.start_soon(stop_one, service)
         if failures:
@@ -120,7 +153,8 @@ class Supervisor:
 
     async def _stop_one(self, environment: Environment, service: Service, grace_seconds: float) -> None:
         group = group_of(environment.slot, service.name)
-        self._save(environment, service.changed(state="stopped"))
+        self._save(environment, service.changed(state="stopped", health=None))
+        self._restarts.cancel(environment, service.name)
         self._a.cgroups.signal(group, signal.SIGTERM)
         with trio.move_on_after(grace_seconds):
             await self._a.cgroups.empty(group)
@@ -147,10 +181,13 @@ class Supervisor:
 
         ``reported``: the launches whose ends the launcher will tell; the others' cgroups are watched.
         """
-        for service in services.values():
-            before = environment.services[service.name]
+        for found in services.values():
+            before, service = environment.services[found.name], found
+            if before.state in ("starting", "running") and service.state == "exited":
+                service = _after_its_end(environment, service)
             if service.launch_id is not None and service.state == "running":
                 self._launches[service.launch_id] = (environment, service.name)
+                self._since[service.launch_id] = trio.current_time()
                 if service.launch_id not in reported:
                     self._watch(environment, service)
             if service != before:
@@ -159,10 +196,14 @@ class Supervisor:
                 self._a.processes.acknowledge(service.launch_id)
                 if before.state == "running":
                     self._tell("ended", environment, service.name, exit_code=service.exit_code)
+            if service.state == "restarting":
+                self._restart_later(environment, service)
 
     def forget(self, environment: Environment) -> None:
         """The environment is gone."""
         for service in environment.services.values():
+            self._restarts.cancel(environment, service.name)
+            self._since.pop(service.launch_id or "", None)
             if service.launch_id is not None and self._launches.pop(service.launch_id, None) is not None:
                 self._a.processes.acknowledge(service.launch_id)
         self.pulse()
@@ -176,6 +217,7 @@ class Supervisor:
         service = environment.services[name]
         if service.launch_id != exited.launch_id:  # told late: another start followed
             self._launches.pop(exited.launch_id)
+            self._since.pop(exited.launch_id, None)
             self._a.processes.acknowledge(exited.launch_id)
             return
         if service.state == "starting":
@@ -223,11 +265,22 @@ class Supervisor:
 
     def _ended(self, environment: Environment, service: Service) -> None:
         assert service.launch_id is not None
-        state = service.state if service.state == "stopped" else "exited"
         self._launches.pop(service.launch_id, None)
-        if self._note(environment, service.changed(state=state, pid=None)):
-            self._a.processes.acknowledge(service.launch_id)
+        since = self._since.pop(service.launch_id, trio.current_time())
+        if trio.current_time() - since >= CALM_SECONDS:
+            service = service.changed(tries=0)
+        service = _after_its_end(environment, service)
+        if self._note(environment, service):
+            self._a.processes.acknowledge(service.launch_id or "")
         self._tell("ended", environment, service.name, exit_code=service.exit_code)
+        if service.state == "restarting":
+            self._restart_later(environment, service)
+
+    def _restart_later(self, environment: Environment, service: Service) -> None:
+        assert self._nursery is not None
+        self._tell("restarting", environment, service.name, exit_code=service.exit_code, restarts=service.restarts,
+                   after_seconds=pause(service.tries))
+        self._restarts.schedule(self._nursery, environment, service)
 
     def _save(self, environment: Environment, service: Service) -> None:
         # While it is being made its row says so, and all of it is undone if the daemon dies; its end writes the rest.
@@ -256,6 +309,14 @@ class Supervisor:
 def seen_by(environment: Environment) -> int:
     """Whose events an environment's are: its owner's, or while it is in stock and nobody knows it, root's."""
     return 0 if environment.stock else environment.uid
+
+
+def _after_its_end(environment: Environment, service: Service) -> Service:
+    """What a service is once nothing of it runs: stopped where somebody did that, to be started again, or neither."""
+    state = service.state
+    if state != "stopped":
+        state = "restarting" if environment.state != "removing" and is_wanted(service) else "exited"
+    return service.changed(state=state, pid=None, health=None)
 
 
 def group_of(slot: Slot, service: str) -> str:

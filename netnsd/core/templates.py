@@ -269,8 +269,9 @@ class Templates:
 
 
 def _is_good(environment: Environment) -> bool:
-    """Whether it can be handed over: ready, and no service of it has ended."""
-    return environment.state == "ready" and all(s.state == "running" for s in environment.services.values())
+    """Whether it can be handed over: ready, no service of it has ended, and none is found to be unhealthy."""
+    return environment.state == "ready" and all(s.state == "running" and s.health in (None, "healthy")
+                                                for s in environment.services.values())
 
 
 def _size(wanted: wire.Specification) -> int:

@@ -7,7 +7,7 @@ from typing import Literal
 
 import trio
 
-from netnsd.core.environment import Environment
+from netnsd.core.environment import ALIVE, Environment
 from netnsd.core.interfaces import Network
 from netnsd.errors import KernelError, NotFound, WaitTimeout, WrongState
 
@@ -35,7 +35,9 @@ class Waits:
         self._heard: dict[str, tuple[float, frozenset[tuple[str, int]]]] = {}
 
     async def wait(self, environment: Environment, aim: Aim, timeout_seconds: float) -> None:
-        """Return when it is ``ready`` (declared ports have listeners), its services ended (``exit``), or ``gone``.
+        """Return when it is ``ready``, its services ended for good (``exit``), or it is ``gone``.
+
+        Ready: its services run and are healthy, where that is looked at, and its declared ports have listeners.
 
         Raises WaitTimeout, and WrongState or NotFound where what is waited for cannot come any more.
         """
@@ -44,8 +46,8 @@ class Waits:
             await waits[aim](environment)
         if not scope.cancelled_caught:
             return
-        silent = await self._silent_ports(environment) if aim == "ready" and self._exists(environment) else []
-        seen = f"nothing listens on {', '.join(silent)}" if silent else f"it is {environment.shown_state}"
+        missing = await self._missing(environment) if aim == "ready" and self._exists(environment) else ""
+        seen = missing or f"it is {environment.shown_state}"
         raise WaitTimeout(f"{environment.name!r} is not {aim} after {timeout_seconds:g} s: {seen}",
                           hint="`netnsctl logs` shows what its servers said.")
 
@@ -67,7 +69,7 @@ class Waits:
                         f" (exit code {service.exit_code})", hint="`netnsctl logs` shows what it said.",
                         service=service.name, exit_code=service.exit_code)
             try:
-                if environment.state == "ready" and not await self._silent_ports(environment):
+                if environment.state == "ready" and not await self._missing(environment):
                     return
             except KernelError:
                 self.require(environment)  # it was removed while it was looked at
@@ -75,11 +77,19 @@ class Waits:
             await trio.sleep(pause)
             pause = min(pause * 1.5, _LONGEST_PAUSE_SECONDS)
 
-    async def _silent_ports(self, environment: Environment) -> list[str]:
+    async def _missing(self, environment: Environment) -> str:
+        """What keeps an environment from being ready, for people; empty where nothing does."""
+        for service in environment.services.values():
+            if service.state != "running":
+                after = "" if service.exit_code is None else f" after exit code {service.exit_code}"
+                return f"service {service.name!r} is {service.state}{after}"
+            if service.health not in (None, "healthy"):
+                return f"service {service.name!r} is {service.health}"
         if not environment.ports:
-            return []
+            return ""
         heard = await self._listeners(environment)
-        return [f"{p.port}/{p.protocol}" for p in environment.ports if (p.protocol, p.port) not in heard]
+        silent = [f"{p.port}/{p.protocol}" for p in environment.ports if (p.protocol, p.port) not in heard]
+        return f"nothing listens on {', '.join(silent)}" if silent else ""
 
     async def _listeners(self, environment: Environment) -> frozenset[tuple[str, int]]:
         """What listens inside, at most a moment old: many may wait, and looking takes the one thread that creates."""
@@ -97,7 +107,7 @@ class Waits:
 
     async def _until_exit(self, environment: Environment) -> None:
         while environment.state == "creating" or any(
-                s.state in ("starting", "running") for s in environment.services.values()):
+                s.state in ALIVE for s in environment.services.values()):
             self.require(environment)
             await self._changed()
 

@@ -103,6 +103,8 @@ class World:
             "logs": [fd for fd in self.files.descriptors if _is_open(fd)],
             "launches": dict(self.environments._supervisor._launches),
             "early": dict(self.environments._supervisor._early),
+            "since": dict(self.environments._supervisor._since),
+            "restarts": dict(self.environments._supervisor._restarts._pending),
             "furnished ids": set(self.environments._particulars.furnished),
             "untidy": set(self.environments._particulars.untidy),
             "attended": set(self.environments._particulars.attended),

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import uuid
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -139,7 +140,8 @@ def test_who_left_the_group_is_named_and_ends_with_the_environment(daemon: Daemo
         daemon.ctl("rm", "web", user=ALICE, check=True)
         lodger.wait(timeout=5)
         wait_until(lambda: is_gone(main_of(web)["pid"]), what="the server's end")
-        wait_until(lambda: not os.path.exists(away) or os.rmdir(away) is None, what="an empty group")
+        wait_until(lambda: not Path(away, "cgroup.procs").read_text(), what="an empty group")
+        os.rmdir(away)
 
 
 def test_what_the_firewall_lacks_or_has_too_much_is_named_or_put_right_before(daemon: Daemon) -> None:
