@@ -125,6 +125,18 @@ class Cgroups(Protocol):
         ...
 
 
+class Probes(Protocol):
+    """Looks at servers from the host. The caller bounds the time. Both raise KernelError where the host cannot."""
+
+    async def tcp(self, address: str, port: int) -> str:
+        """Connect, and go away again: why it does not accept, empty where it does."""
+        ...
+
+    async def http(self, address: str, port: int, path: str) -> str:
+        """Ask for ``path``: why it is not answered 2xx or 3xx, empty where it is."""
+        ...
+
+
 @dataclass(frozen=True, slots=True)
 class Publication:
     """A published port of one environment."""
@@ -393,6 +405,7 @@ class Adapters:
     store: Store
     files: Files
     clock: Clock
+    probes: Probes
 
 
 class Emit(Protocol):

@@ -16,7 +16,10 @@ from typing import TYPE_CHECKING
 
 import trio
 
+from netnsd import wire
 from netnsd.core.environment import ALIVE, Command, Environment, Service
+from netnsd.core.errands import Errands
+from netnsd.core.health import Health
 from netnsd.core.interfaces import Exited, Launch
 from netnsd.core.restarts import CALM_SECONDS, Restarts, is_wanted, pause
 from netnsd.errors import NetnsdError, StoreError
@@ -46,8 +49,10 @@ class Supervisor:
         self._turn = turn
         self._furnish = furnish
         self._restarts = Restarts(self._start_again, self._restart_failed)
-        self._launches: dict[str, tuple[Environment, str]] = {}
-        self._since: dict[str, float] = {}
+        self._errands = Errands(adapters, turn, self.launch_of)
+        self._health = Health(adapters.probes, self._errands, self._judged)
+        # Environment, service, and since when it runs.
+        self._launches: dict[str, tuple[Environment, str, float]] = {}
         self._early: dict[str, int | None] = {}
         self._losses = 0
         self._watched: set[str] = set()
@@ -103,7 +108,7 @@ class Supervisor:
         """Start a service. Raises LaunchFailed, and it is as ``before``."""
         launch_id = uuid.uuid4().hex
         losses = self._losses
-        self._launches[launch_id] = (environment, service.name)
+        self._launches[launch_id] = (environment, service.name, trio.current_time())
         group = group_of(environment.slot, service.name)
         try:
             self._save(environment, service.changed(state="starting", launch_id=launch_id, pid=None, exit_code=None))
@@ -114,11 +119,12 @@ class Supervisor:
                     self.launch_of(environment, service.command, group, launch_id, log))
             finally:
                 os.close(log)
-            self._since[launch_id] = trio.current_time()
-            self._save(environment, environment.services[service.name].changed(state="running", pid=pid))
+            self._launches[launch_id] = (environment, service.name, trio.current_time())
+            self._save(environment, environment.services[service.name].changed(
+                state="running", pid=pid, health="starting" if service.check else None))
         except BaseException:
-            for known in (self._launches, self._early, self._since):
-                known.pop(launch_id, None)
+            self._launches.pop(launch_id, None)
+            self._early.pop(launch_id, None)
             environment.services[service.name] = before  # whatever else fails: "starting" could never be started
             with trio.CancelScope(shield=True):
                 await self._a.cgroups.remove(group)
@@ -127,6 +133,7 @@ class Supervisor:
         if losses != self._losses:  # who started it may be gone, and its end not be told
             self._watch(environment, environment.services[service.name])
         self._tell("started", environment, service.name, pid=pid)
+        self._follow(environment, environment.services[service.name])
         if launch_id in self._early:
             self._on_exit(Exited(launch_id, self._early.pop(launch_id)))
 
@@ -155,6 +162,7 @@ class Supervisor:
         group = group_of(environment.slot, service.name)
         self._save(environment, service.changed(state="stopped", health=None))
         self._restarts.cancel(environment, service.name)
+        self._health.forget(service.launch_id)
         self._a.cgroups.signal(group, signal.SIGTERM)
         with trio.move_on_after(grace_seconds):
             await self._a.cgroups.empty(group)
@@ -185,9 +193,10 @@ class Supervisor:
             before, service = environment.services[found.name], found
             if before.state in ("starting", "running") and service.state == "exited":
                 service = _after_its_end(environment, service)
+            if service.state == "running" and service.check is not None and service.health is None:
+                service = service.changed(health="starting")
             if service.launch_id is not None and service.state == "running":
-                self._launches[service.launch_id] = (environment, service.name)
-                self._since[service.launch_id] = trio.current_time()
+                self._launches[service.launch_id] = (environment, service.name, trio.current_time())
                 if service.launch_id not in reported:
                     self._watch(environment, service)
             if service != before:
@@ -196,14 +205,16 @@ class Supervisor:
                 self._a.processes.acknowledge(service.launch_id)
                 if before.state == "running":
                     self._tell("ended", environment, service.name, exit_code=service.exit_code)
-            if service.state == "restarting":
+            if service.state == "running":
+                self._follow(environment, service)
+            elif service.state == "restarting":
                 self._restart_later(environment, service)
 
     def forget(self, environment: Environment) -> None:
         """The environment is gone."""
         for service in environment.services.values():
             self._restarts.cancel(environment, service.name)
-            self._since.pop(service.launch_id or "", None)
+            self._health.forget(service.launch_id)
             if service.launch_id is not None and self._launches.pop(service.launch_id, None) is not None:
                 self._a.processes.acknowledge(service.launch_id)
         self.pulse()
@@ -211,13 +222,13 @@ class Supervisor:
     def _on_exit(self, exited: Exited) -> None:
         known = self._launches.get(exited.launch_id)
         if known is None:
+            self._errands.take(exited)
             self._a.processes.acknowledge(exited.launch_id)
             return
-        environment, name = known
+        environment, name, _since = known
         service = environment.services[name]
         if service.launch_id != exited.launch_id:  # told late: another start followed
             self._launches.pop(exited.launch_id)
-            self._since.pop(exited.launch_id, None)
             self._a.processes.acknowledge(exited.launch_id)
             return
         if service.state == "starting":
@@ -240,7 +251,8 @@ class Supervisor:
     def _launcher_lost(self) -> None:
         """Nobody reports these services' ends any more: their cgroups do, without exit codes."""
         self._losses += 1
-        for environment, name in self._launches.values():
+        self._errands.launcher_lost()
+        for environment, name, _since in self._launches.values():
             if environment.services[name].state != "starting":  # its cgroup is empty before its start
                 self._watch(environment, environment.services[name])
 
@@ -265,8 +277,8 @@ class Supervisor:
 
     def _ended(self, environment: Environment, service: Service) -> None:
         assert service.launch_id is not None
-        self._launches.pop(service.launch_id, None)
-        since = self._since.pop(service.launch_id, trio.current_time())
+        _, _, since = self._launches.pop(service.launch_id)
+        self._health.forget(service.launch_id)
         if trio.current_time() - since >= CALM_SECONDS:
             service = service.changed(tries=0)
         service = _after_its_end(environment, service)
@@ -275,6 +287,20 @@ class Supervisor:
         self._tell("ended", environment, service.name, exit_code=service.exit_code)
         if service.state == "restarting":
             self._restart_later(environment, service)
+
+    def _follow(self, environment: Environment, service: Service) -> None:
+        assert self._nursery is not None
+        self._health.follow(self._nursery, environment, service)
+
+    def _judged(self, environment: Environment, looked_at: Service, state: wire.HealthState, reason: str) -> None:
+        service = environment.services[looked_at.name]
+        if service.launch_id != looked_at.launch_id or service.state != "running":
+            return
+        self._note(environment, service.changed(health=state))
+        if state == "healthy":
+            self._tell("healthy", environment, service.name)
+        else:
+            self._tell("unhealthy", environment, service.name, reason=reason)
 
     def _restart_later(self, environment: Environment, service: Service) -> None:
         assert self._nursery is not None

@@ -38,6 +38,7 @@ from netnsd.kernel.files import EnvironmentFiles
 from netnsd.kernel.firewall import NftFirewall
 from netnsd.kernel.namespace_thread import NamespaceThread, Priority
 from netnsd.kernel.network import NETNS_DIRECTORY, KernelNetwork
+from netnsd.kernel.probes import HostProbes
 from netnsd.kernel.processes import LauncherProcesses
 from netnsd.observability.events import EventLog
 from netnsd.observability.metrics import Figures, Metrics
@@ -106,7 +107,7 @@ class Node:
             processes = LauncherProcesses(str(self._runtime / LAUNCHER_SOCKET), cgroups.root,
                                           hide=[str(NETNS_DIRECTORY), str(network.pins)],
                                           starts=self._starts_launcher)
-            adapters = Adapters(network, firewall, processes, cgroups, store, files, self._clock)
+            adapters = Adapters(network, firewall, processes, cgroups, store, files, self._clock, HostProbes())
             services = self._config.services
             settings = Settings(self._config.published_range, services.allow_setuid, host.boot_id(),
                                 services.hard_limits, self._config.daemon.creations_waiting,

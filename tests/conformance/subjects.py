@@ -15,16 +15,17 @@ import trio
 
 from netnsd.core.addressing import Plan, Slot
 from netnsd.core.environment import Environment
-from netnsd.core.interfaces import Cgroups, Files, Firewall, Launch, Network, Processes, Store
+from netnsd.core.interfaces import Cgroups, Files, Firewall, Launch, Network, Probes, Processes, Store
 from netnsd.kernel.bridges import Forwarding
 from netnsd.kernel.cgroup import CgroupTree
 from netnsd.kernel.files import EnvironmentFiles
 from netnsd.kernel.firewall import NftFirewall
 from netnsd.kernel.namespace_thread import NamespaceThread, Priority, enter
 from netnsd.kernel.network import NETNS_DIRECTORY, KernelNetwork
+from netnsd.kernel.probes import HostProbes
 from netnsd.kernel.processes import LauncherProcesses
 from netnsd.store import SqliteStore
-from tests.fakes import FakeCgroups, FakeFiles, FakeFirewall, FakeNetwork, FakeProcesses
+from tests.fakes import FakeCgroups, FakeFiles, FakeFirewall, FakeNetwork, FakeProbes, FakeProcesses
 
 SUPERNET = "10.203.0.0/16"
 PLAN = Plan(SUPERNET, 250)
@@ -46,6 +47,7 @@ class Subjects:
     cgroups: Cgroups
     store: Store
     files: Files
+    probes: Probes
     directory: Path
 
     async def listen(self, slot: Slot, protocol: str, port: int) -> None:
@@ -100,7 +102,9 @@ class FakeSubjects(Subjects):
     async def opened(cls, directory: Path) -> AsyncIterator[Self]:
         """All of them."""
         cgroups, store = FakeCgroups(), SqliteStore(directory / "state", PLAN)
-        yield cls(FakeNetwork(), FakeFirewall(), FakeProcesses(cgroups), cgroups, store, FakeFiles(), directory)
+        network = FakeNetwork()
+        yield cls(network, FakeFirewall(), FakeProcesses(cgroups), cgroups, store, FakeFiles(),
+                  FakeProbes(network, PLAN), directory)
         store.close()
 
     async def listen(self, slot: Slot, protocol: str, port: int) -> None:
@@ -157,7 +161,7 @@ class RealSubjects(Subjects):
                 await nursery.start(processes.run)
                 await firewall.restore([])
                 made = cls(network, firewall, processes, cgroups, store,
-                           EnvironmentFiles(runtime, state, 1 << 20), directory)
+                           EnvironmentFiles(runtime, state, 1 << 20), HostProbes(), directory)
                 made.thread, made.sockets, made.foreign = thread, [], []
                 yield made
                 for kept in made.sockets:

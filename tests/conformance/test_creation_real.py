@@ -39,7 +39,8 @@ async def service(subjects: Subjects, faults: Faults) -> AsyncIterator[Environme
     wrap = faults.wrap
     adapters = Adapters(wrap(subjects.network, "network"), wrap(subjects.firewall, "firewall"),
                         wrap(subjects.processes, "processes"), wrap(subjects.cgroups, "cgroups"),
-                        wrap(subjects.store, "store"), wrap(subjects.files, "files"), FakeClock())
+                        wrap(subjects.store, "store"), wrap(subjects.files, "files"), FakeClock(),
+                        wrap(subjects.probes, "probes"))
     environments = Environments(adapters, PLAN, Settings((20000, 20009), True, "b"), lambda *_, **__: None)
     async with trio.open_nursery() as nursery:
         await nursery.start(environments.run)

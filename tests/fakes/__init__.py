@@ -6,8 +6,9 @@ from tests.fakes.faults import Faults
 from tests.fakes.files import FakeClock, FakeFiles
 from tests.fakes.firewall import FakeFirewall
 from tests.fakes.network import FakeNetwork
+from tests.fakes.probes import FakeProbes
 from tests.fakes.processes import FakeCgroups, FakeProcesses
 from tests.fakes.world import ALICE, BOB, CAROL, ROOT, World, actor
 
 __all__ = ["ALICE", "BOB", "CAROL", "ROOT", "FakeCgroups", "FakeClock", "FakeFiles", "FakeFirewall", "FakeNetwork",
-           "FakeProcesses", "Faults", "World", "actor"]
+           "FakeProbes", "FakeProcesses", "Faults", "World", "actor"]

@@ -23,6 +23,7 @@ from tests.fakes.faults import Faults
 from tests.fakes.files import FakeClock, FakeFiles
 from tests.fakes.firewall import FakeFirewall
 from tests.fakes.network import FakeNetwork
+from tests.fakes.probes import FakeProbes
 from tests.fakes.processes import FakeCgroups, FakeProcesses
 
 
@@ -55,6 +56,7 @@ class World:
         self.faults = Faults()
         self.network, self.firewall, self.cgroups = FakeNetwork(), FakeFirewall(), FakeCgroups()
         self.processes, self.files, self.clock = FakeProcesses(self.cgroups), FakeFiles(), FakeClock()
+        self.probes = FakeProbes(self.network, self.plan)
         self.events: list[tuple[str, str, dict[str, Any]]] = []
         self.store: SqliteStore
         self.environments: Environments
@@ -68,7 +70,8 @@ class World:
             wrap = self.faults.wrap
             adapters = Adapters(
                 wrap(self.network, "network"), wrap(self.firewall, "firewall"), wrap(self.processes, "processes"),
-                wrap(self.cgroups, "cgroups"), wrap(self.store, "store"), wrap(self.files, "files"), self.clock)
+                wrap(self.cgroups, "cgroups"), wrap(self.store, "store"), wrap(self.files, "files"), self.clock,
+                wrap(self.probes, "probes"))
             self.processes.restart_daemon()
             self.environments = Environments(adapters, self.plan, self.settings, self._emit)
             self.templates = Templates(self.environments, adapters, self._account, self._emit)
@@ -103,7 +106,8 @@ class World:
             "logs": [fd for fd in self.files.descriptors if _is_open(fd)],
             "launches": dict(self.environments._supervisor._launches),
             "early": dict(self.environments._supervisor._early),
-            "since": dict(self.environments._supervisor._since),
+            "watched": dict(self.environments._supervisor._health._scopes),
+            "errands": dict(self.environments._supervisor._errands._awaited),
             "restarts": dict(self.environments._supervisor._restarts._pending),
             "furnished ids": set(self.environments._particulars.furnished),
             "untidy": set(self.environments._particulars.untidy),
