@@ -15,7 +15,7 @@ from netnsd.core.interfaces import Exited, Launch
 from netnsd.errors import LauncherUnavailable
 
 if TYPE_CHECKING:
-    from netnsd.core.environments import Adapters
+    from netnsd.core.interfaces import Adapters
 
 # Builds what the launcher is told: environment, command, group, launch id, and a descriptor for its output.
 LaunchOf = Callable[[Environment, Command, str, str, int], Launch]
