@@ -28,6 +28,8 @@ if TYPE_CHECKING:
 
 # A link that was deleted has its name for a moment longer.
 _MEND_TRIES, _MEND_AGAIN_SECONDS = 5, 0.1
+# A stop may hold an environment for as long as its server is given to end.
+_TURN_SECONDS = 1.0
 # What is on its way is not there any more after that, or is there.
 _LOOK_AGAIN_SECONDS = 0.2
 
@@ -55,7 +57,7 @@ class Caretaker:
             nursery.start_soon(self._removal.remove_again)
             for environment in self._registry.all():
                 if environment.id in self._particulars.untidy:
-                    nursery.start_soon(self._tidy, environment)
+                    nursery.start_soon(self._in_turn, environment, self._tidy)
         try:
             return await self._a.firewall.check()
         finally:
@@ -75,23 +77,33 @@ class Caretaker:
         async with trio.open_nursery() as nursery:
             for environment in environments:
                 if reconcile.faults(environment, wiring):
-                    nursery.start_soon(self._mend_in_turn, environment)
+                    nursery.start_soon(self._in_turn, environment, self._mend_or_end)
 
-    async def _mend_in_turn(self, environment: Environment) -> None:
-        async with self._particulars.lock(environment):
-            if environment.state != "ready" or environment not in self._registry:
-                return
-            try:
-                await self.mend(environment)
-                if environment.services:
-                    await self._settling.furnish(environment)
-                else:
-                    self._settling.settle(environment)
-            except (NetnsLost, NetnsTaken) as error:
-                self._particulars.tell("lost", environment, reason=error.message)
-                self._removal.remove_behind(environment)
-            except NetnsdError as error:  # the next check tries again
-                self._particulars.tell("mend_failed", environment, reason=error.message)
+    async def _in_turn(self, environment: Environment, job: Callable[[Environment], Awaitable[None]]) -> None:
+        """Do it unless somebody else has the environment for long: the next check tries again."""
+        lock = self._particulars.lock(environment)
+        with trio.move_on_after(_TURN_SECONDS) as waiting:
+            await lock.acquire()
+        if waiting.cancelled_caught:
+            return
+        try:
+            if environment.state == "ready" and environment in self._registry:
+                await job(environment)
+        finally:
+            lock.release()
+
+    async def _mend_or_end(self, environment: Environment) -> None:
+        try:
+            await self.mend(environment)
+            if environment.services:
+                await self._settling.furnish(environment)
+            else:
+                self._settling.settle(environment)
+        except (NetnsLost, NetnsTaken) as error:
+            self._particulars.tell("lost", environment, reason=error.message)
+            self._removal.remove_behind(environment)
+        except NetnsdError as error:  # the next check tries again
+            self._particulars.tell("mend_failed", environment, reason=error.message)
 
     async def mend(self, environment: Environment) -> None:
         """Give an environment back what the kernel lost of it. Raises NetnsLost, NetnsTaken, KernelError."""
@@ -112,11 +124,9 @@ class Caretaker:
             self._particulars.tell("mended", environment, what=list(mended))
 
     async def _tidy(self, environment: Environment) -> None:
-        async with self._particulars.lock(environment):
-            if environment.state == "ready":
-                with contextlib.suppress(NetnsdError):  # next time, then
-                    await self._a.network.tidy([(environment.slot, environment.netns)])
-                    self._particulars.untidy.discard(environment.id)
+        with contextlib.suppress(NetnsdError):  # next time, then
+            await self._a.network.tidy([(environment.slot, environment.netns)])
+            self._particulars.untidy.discard(environment.id)
 
     # -- differences --------------------------------------------------------------------------------------------
 
