@@ -9,8 +9,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from hypothesis import settings
 
 from tests.harness import ALICE, BOB, CAROL, MALLORY, Daemon, HostNamespace, Snapshot, User, settle
+
+# How long an example takes is the machine's business; a test has its own deadline.
+settings.register_profile("netnsd", deadline=None)
+settings.load_profile("netnsd")
 
 _HERE = Path(__file__).parent
 _ROOT_DIRECTORIES = (_HERE / "kernel", _HERE / "system")
