@@ -32,14 +32,15 @@ from netnsd.core.registry import Settings
 from netnsd.core.templates import Templates
 from netnsd.daemon.config import Config
 from netnsd.errors import ConfigError, HostUnfit, NetnsdError, SupernetConflict
-from netnsd.kernel import bridges, host, logfile, loss_watch, ruleset_watch
+from netnsd.kernel import bridges, host, logfile, loss_watch
 from netnsd.kernel.cgroup import CgroupTree
 from netnsd.kernel.files import EnvironmentFiles
-from netnsd.kernel.firewall import NftFirewall
+from netnsd.kernel.firewall import TABLE, NftFirewall
 from netnsd.kernel.namespace_thread import NamespaceThread, Priority
 from netnsd.kernel.network import NETNS_DIRECTORY, KernelNetwork
 from netnsd.kernel.probes import HostProbes
 from netnsd.kernel.processes import LauncherProcesses
+from netnsd.kernel.ruleset_watch import RulesetWatch
 from netnsd.observability.events import EventLog
 from netnsd.observability.metrics import Figures, Metrics
 from netnsd.store import SqliteStore
@@ -47,6 +48,7 @@ from netnsd.store import SqliteStore
 API_SOCKET, ATTACH_SOCKET, LAUNCHER_SOCKET = "netnsd.sock", "attach.sock", "launcher.sock"
 _DEFAULT_GROUP = "netnsd"
 _CHECK_SECONDS = 60.0
+_FIRST_REPAIR_SECONDS, _LAST_REPAIR_SECONDS = 0.01, 1.0
 _LOG_SECONDS = 2.0
 _BUSY_LOG_SECONDS = 0.1
 _BACKLOG = 1024
@@ -104,6 +106,7 @@ class Node:
             files = EnvironmentFiles(self._runtime, self._state, self._config.services.log_bytes)
             await network.open()
             await firewall.start()
+            watch = RulesetWatch(TABLE, firewall.senders)
             processes = LauncherProcesses(str(self._runtime / LAUNCHER_SOCKET), cgroups.root,
                                           hide=[str(NETNS_DIRECTORY), str(network.pins)],
                                           starts=self._starts_launcher)
@@ -126,7 +129,7 @@ class Node:
                         await nursery.start(self._templates.run)
                         nursery.start_soon(self._look_after_logs, files)
                         nursery.start_soon(self._check_now_and_then)
-                        nursery.start_soon(self._watch_rules)
+                        nursery.start_soon(self._watch_rules, watch, firewall)
                         nursery.start_soon(self._watch_links)
                         nursery.start_soon(self._watch_names)
                         await self._open_sockets(nursery, files)
@@ -135,6 +138,7 @@ class Node:
                         await self._drain()
                     below.cancel_scope.cancel()
             finally:
+                watch.close()
                 with trio.move_on_after(self._config.daemon.grace_seconds, shield=True):
                     unused = len(self.environments.registry) == 0 and not self.environments.pool.held
                     if unused:
@@ -260,10 +264,25 @@ class Node:
             await trio.sleep(_CHECK_SECONDS)
             await self.check()
 
-    async def _watch_rules(self) -> None:
-        async with contextlib.aclosing(ruleset_watch.deletions()) as deletions:
-            async for _ in deletions:
-                await self.check()
+    async def _watch_rules(self, watch: RulesetWatch, firewall: NftFirewall) -> None:
+        """Not by a check, which may be long: what the rules keep apart is open meanwhile."""
+        async with contextlib.aclosing(watch.changes()) as changes:
+            async for _ in changes:
+                await self._repair(firewall)
+
+    async def _repair(self, firewall: NftFirewall) -> None:
+        pause = _FIRST_REPAIR_SECONDS
+        while True:
+            try:
+                was_wrong = await firewall.repair()
+            except NetnsdError as error:
+                _log.error("rules_missing", code=error.code, reason=error.message)
+            else:
+                if was_wrong:
+                    _log.warning("rules_restored")
+                return
+            await trio.sleep(pause)
+            pause = min(2 * pause, _LAST_REPAIR_SECONDS)
 
     async def _watch_links(self) -> None:
         async with contextlib.aclosing(loss_watch.links()) as losses:

@@ -6,8 +6,10 @@ loaded in one transaction, so there is no moment in which a part of it is missin
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import json
+import os
 import socket
 import struct
 import threading
@@ -26,6 +28,7 @@ from netnsd.kernel.nft import Nft, NftError
 
 T = TypeVar("T")
 
+TABLE = "netnsd"
 _RULES = """
 table ip netnsd {
   map published { type inet_proto . inet_service : ipv4_addr . inet_service; %(published)s }
@@ -73,17 +76,20 @@ table ip netnsd {
     ip saddr %(supernet)s oifname != "lo" oifname != "%(bridge)s*" masquerade
   }
 
-  # Between environments only pairs that are let; to the outside what they begin; from the outside nothing.
+  # Between environments only pairs that are let; to the outside what they begin; from the outside nothing. Here too
+  # packets of the original direction are never let for being established: a connection may have been made while another
+  # tool had flushed these rules.
   chain through {
     type filter hook forward priority 0;
     iifname "%(bridge)s*" jump from_environment
     iifname "%(bridge)s*" accept
-    oifname "%(bridge)s*" ct state established,related accept
+    oifname "%(bridge)s*" ct direction reply ct state established,related accept
     oifname "%(bridge)s*" drop
     iifname @uplinks oifname @uplinks drop
   }
   chain from_environment {
-    ct state established,related accept
+    ct direction reply ct state established,related accept
+    oifname != "%(bridge)s*" ct state established,related accept
     ct state invalid drop
     ct state new add @flows { ip saddr ct count over %(flows)d } reject
     oifname "%(bridge)s*" ip saddr . ip daddr @pairs accept
@@ -97,7 +103,7 @@ table ip netnsd {
   chain to_host {
     type filter hook input priority 0;
     iifname != "%(bridge)s*" accept
-    ct state established,related accept
+    ct direction reply ct state established,related accept
     icmp type echo-request accept
     meta l4proto tcp reject with tcp reset
     reject with icmp type admin-prohibited
@@ -105,6 +111,8 @@ table ip netnsd {
 }
 """
 _UID = struct.Struct("=I")
+# Their messages fit what a socket takes at once (net.core.wmem_default).
+_OPENINGS_EACH = 500
 _REPLACE = "add table ip netnsd\ndelete table ip netnsd\n"
 
 
@@ -158,6 +166,16 @@ class NftFirewall:
         """See ``core.interfaces.Firewall``."""
         await trio.to_thread.run_sync(self._in_turn(lambda: self._close(openings)))
 
+    @property
+    def senders(self) -> frozenset[int]:
+        """The port ids of the sockets by which rules are changed here. libnftables' has the process's, as the first."""
+        assert self._elements is not None
+        return frozenset((os.getpid(), self._elements.port_id))
+
+    async def repair(self) -> bool:
+        """Put back what somebody has just changed, before anything else is done; returns whether it had to be."""
+        return await self._thread.run(self._in_turn(self._repair), Priority.RULES)
+
     async def restore(self, openings: Sequence[Opening]) -> bool:
         """See ``core.interfaces.Firewall``."""
         return await self._thread.run(self._in_turn(lambda: self._restore(openings)), Priority.CHECK)
@@ -183,7 +201,8 @@ class NftFirewall:
 
     def _start(self) -> None:
         self._nft = Nft()
-        self._elements = nfnetlink.ElementSocket("netnsd")
+        self._run("list tables")  # now it has its port id, the process's, which the first socket gets
+        self._elements = nfnetlink.ElementSocket(TABLE)
 
     def _stop(self, *, remove: bool) -> None:
         if remove:
@@ -211,11 +230,16 @@ class NftFirewall:
         self._desired[opening.address] = opening
 
     def _open_anew(self, opening: Opening) -> None:
-        self._put_right()
+        """Load the table with it: whoever takes the table away in a loop may have done so again."""
         try:
             self._open(opening)
-        except FileNotFoundError as error:
-            raise KernelError.at("nftables", error) from error
+        except FileNotFoundError:
+            self._desired[opening.address] = opening
+            try:
+                self._put_right()
+            except BaseException:
+                del self._desired[opening.address]
+                raise
 
     def _close(self, openings: Sequence[Opening]) -> None:
         assert self._elements is not None
@@ -244,13 +268,33 @@ class NftFirewall:
         self._desired = {opening.address: opening for opening in openings}
         return self._put_right()
 
+    def _repair(self) -> bool:
+        is_gone = False
+        if self._loaded:
+            try:
+                if is_gone := not self._listing():
+                    self._close_off(list(self._desired.values()))
+            except OSError as error:
+                raise _unusable(error) from error
+        return self._put_right() or is_gone
+
+    def _close_off(self, openings: Sequence[Opening]) -> None:
+        """Put back a table that is gone: first what keeps users apart, then who may all the same.
+
+        The rules alone take a millisecond, and as text a thousand elements take 20 more.
+        """
+        assert self._elements is not None
+        self._load((), self._uplinks)
+        with contextlib.suppress(FileNotFoundError):  # gone again, and told again
+            for first in range(0, len(openings), _OPENINGS_EACH):
+                self._elements.add(_packed(openings[first:first + _OPENINGS_EACH]))
+
     def _put_right(self) -> bool:
         """Compare what is loaded with what should be, as it is now: this thread does every change in turn."""
         try:
             return self._load_if_wrong(list(self._desired.values()))
         except (OSError, ValueError, NetlinkError) as error:
-            raise KernelError(f"firewall: {error}", stage="firewall", errno="",
-                              hint="`netnsctl doctor` checks what this host lacks.") from error
+            raise _unusable(error) from error
 
     def _load_if_wrong(self, openings: Sequence[Opening]) -> bool:
         # A host that forwards anyway is let; where only netnsd needs it, it must not become a router between uplinks.
@@ -260,8 +304,9 @@ class NftFirewall:
         is_right = self._loaded and self._listing() == self._loaded and uplinks == self._uplinks
         if is_right and self._present() == _present(openings, uplinks):
             return False
-        self._run(_REPLACE + rules(supernet=self._supernet, flows=self._flows, openings=openings, uplinks=uplinks))
-        self._loaded, self._uplinks = self._listing(), uplinks
+        self._load(openings, uplinks)
+        # Once and for all: later, somebody else may have put something in before it is listed.
+        self._loaded, self._uplinks = self._loaded or self._listing(), uplinks
         self._forwarding.switch_on(uplinks)
         return True
 
@@ -273,6 +318,9 @@ class NftFirewall:
         return ([f"{name} {{ {element} }}" for name, element in sorted(missing)],
                 [f"{name} {{ {element} }}" for name, element in sorted(surplus)])
 
+    def _load(self, openings: Sequence[Opening], uplinks: Sequence[str]) -> None:
+        self._run(_REPLACE + rules(supernet=self._supernet, flows=self._flows, openings=openings, uplinks=uplinks))
+
     def _listing(self) -> str:
         try:
             return self._run("list table ip netnsd", output_flags=Nft.TERSE)
@@ -281,14 +329,26 @@ class NftFirewall:
                 return ""
             raise
 
-    def _present(self) -> set[tuple[str, str]]:
+    def _present(self) -> set[tuple[str, str]] | None:
+        """The elements that are there; None where a set is taken away meanwhile."""
         found = set()
         for kind, name in (("map", "published"), ("set", "owners"), ("set", "pairs"), ("set", "uplinks")):
-            listing = json.loads(self._run(f"list {kind} ip netnsd {name}", output_flags=Nft.JSON | Nft.NUMERIC_PROTO))
+            try:
+                text = self._run(f"list {kind} ip netnsd {name}", output_flags=Nft.JSON | Nft.NUMERIC_PROTO)
+            except NftError as error:
+                if error.is_missing:
+                    return None
+                raise
+            listing = json.loads(text)
             for entry in listing["nftables"]:
                 for element in entry.get(kind, {}).get("elem", []):
                     found.add((name, _flat(element)))
         return found
+
+
+def _unusable(error: Exception) -> KernelError:
+    return KernelError(f"firewall: {error}", stage="firewall", errno="",
+                       hint="`netnsctl doctor` checks what this host lacks.")
 
 
 def rules(*, supernet: str, flows: int, openings: Sequence[Opening] = (), uplinks: Sequence[str] = ()) -> str:

@@ -29,8 +29,9 @@ _SELF_NETNS = "/proc/thread-self/ns/net"
 
 
 class Priority(enum.IntEnum):
-    """What goes first: somebody waits for a create, nobody for a check."""
+    """What goes first: rules that were taken away keep users apart; somebody waits for a create, nobody for a check."""
 
+    RULES = -1
     CREATE = 0
     FURNISH = 1
     CHECK = 2

@@ -50,6 +50,12 @@ class ElementSocket:
         self._socket.setsockopt(_SOL_NETLINK, _NETLINK_CAP_ACK, 1)
         self._sequence = 1
 
+    @property
+    def port_id(self) -> int:
+        """Names the socket: notifications of what it changed carry this."""
+        port_id: int = self._socket.getsockname()[0]
+        return port_id
+
     def close(self) -> None:
         """Close the socket."""
         self._socket.close()

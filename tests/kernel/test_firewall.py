@@ -4,17 +4,20 @@ from __future__ import annotations
 
 import threading
 from collections.abc import AsyncIterator
+from contextlib import aclosing, asynccontextmanager, closing
 from pathlib import Path
 
 import pytest
+import trio
 
 from netnsd.core.interfaces import Opening, Publication
 from netnsd.errors import KernelError
 from netnsd.kernel import libc
 from netnsd.kernel.bridges import Forwarding
-from netnsd.kernel.firewall import NftFirewall
+from netnsd.kernel.firewall import TABLE, NftFirewall
 from netnsd.kernel.namespace_thread import NamespaceThread, Priority
 from netnsd.kernel.nft import Nft
+from netnsd.kernel.ruleset_watch import RulesetWatch
 
 SUPERNET = "10.203.0.0/16"
 WEB = Opening("10.203.0.2", 61001, (Publication("tcp", 20000, 3000), Publication("udp", 20000, 53)))
@@ -35,6 +38,23 @@ class Table:
                 return nft.run(commands)
 
         return await self._thread.run(run, Priority.CHECK)
+
+    @asynccontextmanager
+    async def watched(self) -> AsyncIterator[list[float]]:
+        """When changes by others were noticed, so far."""
+        watch = await self._thread.run(lambda: RulesetWatch(TABLE, self.firewall.senders), Priority.CHECK)
+        noticed: list[float] = []
+
+        async def follow() -> None:
+            async with aclosing(watch.changes()) as changes:
+                async for _ in changes:
+                    noticed.append(trio.current_time())  # noqa: PERF401  it never ends
+
+        with closing(watch):
+            async with trio.open_nursery() as nursery:
+                nursery.start_soon(follow)
+                yield noticed
+                nursery.cancel_scope.cancel()
 
 
 @pytest.fixture
@@ -97,6 +117,58 @@ async def test_drift_is_seen_and_repaired(table: Table, drift: str) -> None:
     assert await table.firewall.restore(ALL), "the drift was not seen"
     assert await table.nft("list ruleset") == before
     assert not await table.firewall.restore(ALL)
+
+
+@pytest.mark.parametrize("change", [
+    "flush ruleset", "delete table ip netnsd", "flush chain ip netnsd through", "add chain ip netnsd strange",
+    "insert rule ip netnsd from_host accept", "flush set ip netnsd owners",
+    "delete element ip netnsd owners { 10.203.0.4 . 61002 }", "add element ip netnsd owners { 10.203.0.2 . 61002 }",
+    "add set ip netnsd strange { type ipv4_addr; }",
+])
+async def test_what_others_change_in_the_table_is_noticed_at_once(table: Table, change: str) -> None:
+    await table.firewall.restore(ALL)
+    async with table.watched() as noticed:
+        await table.nft(change)
+        with trio.fail_after(1):
+            while not noticed:
+                await trio.sleep(0.001)
+
+
+async def test_what_we_change_ourselves_and_what_is_not_in_the_table_is_not_noticed(table: Table) -> None:
+    await table.firewall.restore([WEB])
+    async with table.watched() as noticed:
+        await table.firewall.open(DATABASE)
+        await table.firewall.close([DATABASE])
+        await table.firewall.restore(ALL)
+        assert not await table.firewall.repair()
+        await table.nft("add table ip filter; add chain ip filter c; add table inet netnsd; delete table ip filter")
+        await trio.sleep(0.05)
+        assert noticed == []
+        await table.nft("delete table ip netnsd")
+        with trio.fail_after(1):
+            while not noticed:
+                await trio.sleep(0.001)
+        assert await table.firewall.repair()
+        assert not await table.firewall.check()
+
+
+async def test_a_table_that_is_gone_is_put_back_with_thousands_of_elements(table: Table) -> None:
+    many = [Opening(f"10.203.{n // 250}.{n % 250 + 2}", 61001, (Publication("tcp", 20000 + n, 80),))
+            for n in range(3000)]
+    await table.firewall.restore(many)
+    before = await table.nft("list ruleset")
+    await table.nft("flush ruleset")
+    assert await table.firewall.repair()
+    assert sorted(await table.nft("list ruleset")) == sorted(before)
+    assert not await table.firewall.check()
+    await table.firewall.close(many)
+
+
+async def test_opening_while_the_table_is_gone_puts_it_back_with_all_that_was_opened(table: Table) -> None:
+    await table.firewall.restore([WEB])
+    await table.nft("flush ruleset")
+    await table.firewall.open(DATABASE)
+    assert not await table.firewall.restore([WEB, DATABASE])
 
 
 async def test_other_tables_are_left_alone(table: Table) -> None:
