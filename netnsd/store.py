@@ -82,6 +82,9 @@ ALTER TABLE services ADD COLUMN health TEXT;
 """)
 SCHEMA_VERSION = len(_MIGRATIONS)
 _HEADER_BYTES = 100  # of the first page
+_FILE = "netnsd.db"
+_LOCK = "lock"
+_BESIDE = (f"{_FILE}-wal", f"{_FILE}-shm")
 
 
 class SqliteStore:
@@ -96,18 +99,16 @@ class SqliteStore:
 
     def __init__(self, directory: Path, plan: Plan) -> None:
         self._plan = plan
+        self._directory = directory
         self._lock = _lock(directory)
         with contextlib.ExitStack() as undo:
             undo.callback(os.close, self._lock)
-            _require_known(_version_of(directory / "netnsd.db"))
+            _require_known(_version_of(directory / _FILE))
             with _translated():
-                self._db = sqlite3.connect(directory / "netnsd.db", isolation_level=None, timeout=5.0)
+                self._db = _open(directory / _FILE)
                 undo.callback(self._db.close)
-                os.chmod(directory / "netnsd.db", 0o600)
-                self._db.row_factory = sqlite3.Row
-                for pragma in ("journal_mode = WAL", "synchronous = NORMAL", "foreign_keys = ON"):
-                    self._db.execute(f"PRAGMA {pragma}")
             self._migrate()
+            self._files = self._identities()
             undo.pop_all()
 
     def close(self) -> None:
@@ -122,10 +123,60 @@ class SqliteStore:
             self._db.execute("BEGIN IMMEDIATE")
             try:
                 yield
-            except BaseException:
-                self._db.execute("ROLLBACK")
+                self._db.execute("COMMIT")
+            except BaseException as error:
+                if self._db.in_transaction:  # SQLite itself has ended one that met a full disk, perhaps
+                    self._db.execute("ROLLBACK")
+                if isinstance(error, (sqlite3.Error, StoreError)):
+                    self._make_room()
                 raise
-            self._db.execute("COMMIT")
+
+    def restore(self) -> bool:
+        """Put back, whole, what somebody has removed of the directory: the state file, what is beside it, the lock.
+
+        What is open lives on without its name, and all that is written to it would be gone with the daemon. Returns
+        whether anything was missing. Raises AlreadyRunning where another daemon has the directory now, and StoreError.
+        """
+        missing = {name for name, identity in self._files.items() if _identity(self._directory / name) != identity}
+        if missing and _LOCK in missing:
+            lock = _lock(self._directory)
+            os.close(self._lock)
+            self._lock = lock
+        if missing - {_LOCK}:
+            try:
+                with _translated():
+                    self._write_anew()
+            except OSError as error:
+                raise StoreError(f"the state file cannot be put back: {error}",
+                                 hint="Is the disk of the state directory full, or not writable?") from error
+        if missing:
+            self._files = self._identities()
+        return bool(missing)
+
+    def _write_anew(self) -> None:
+        path, fresh = self._directory / _FILE, self._directory / f"{_FILE}.new"
+        self._db.execute("PRAGMA wal_checkpoint(TRUNCATE)")  # where the file is still there it lacks nothing
+        fresh.unlink(missing_ok=True)
+        copy = sqlite3.connect(fresh)
+        try:
+            os.chmod(fresh, 0o600)
+            self._db.backup(copy)
+        finally:
+            copy.close()
+        for name in _BESIDE:  # of the file that goes: the new one would be read with it
+            (self._directory / name).unlink(missing_ok=True)
+        os.replace(fresh, path)
+        old, self._db = self._db, _open(path)
+        self._db.execute("SELECT count(*) FROM environments").fetchone()  # makes what is beside it
+        old.close()
+
+    def _identities(self) -> dict[str, tuple[int, int] | None]:
+        return {name: _identity(self._directory / name) for name in (_FILE, *_BESIDE, _LOCK)}
+
+    def _make_room(self) -> None:
+        """Have what is written next begin at the log's start: on a full disk, its room is all that there is."""
+        with contextlib.suppress(sqlite3.Error):
+            self._db.execute("PRAGMA wal_checkpoint(RESTART)")
 
     def environments(self) -> list[Environment]:
         """See ``core.interfaces.Store``."""
@@ -144,7 +195,7 @@ class SqliteStore:
                     share=row["share"], created_at=row["created_at"], boot_id=row["boot_id"],
                     stock=row["stock"], resources=msgspec.json.decode(row["resources"], type=wire.Resources),
                     ports=tuple(ports.get(row["id"], ())), state=row["state"], services=services.get(row["id"], {}))
-                for row in self._db.execute("SELECT * FROM environments ORDER BY created_at, rowid")
+                for row in self._db.execute("SELECT * FROM environments ORDER BY rowid")
             ]
 
     def add(self, environment: Environment) -> None:
@@ -170,8 +221,10 @@ class SqliteStore:
         """See ``core.interfaces.Store``."""
         e = environment
         with _translated():
-            self._db.execute("UPDATE environments SET name = ?, netns = ?, labels = ?, stock = ?, created_at = ?"
-                             " WHERE id = ?", (e.name, e.netns, json.dumps(e.labels), e.stock, e.created_at, e.id))
+            # The youngest from now on. By number, as the clock may be set back.
+            self._db.execute("UPDATE environments SET name = ?, netns = ?, labels = ?, stock = ?, created_at = ?,"
+                             " rowid = (SELECT max(rowid) + 1 FROM environments) WHERE id = ?",
+                             (e.name, e.netns, json.dumps(e.labels), e.stock, e.created_at, e.id))
 
     def templates(self) -> list[Template]:
         """See ``core.interfaces.Store``."""
@@ -179,7 +232,7 @@ class SqliteStore:
             return [Template(row["id"], row["name"], row["uid"], row["user"], row["gid"],
                              tuple(json.loads(row["other_gids"])), row["warm"],
                              msgspec.json.decode(row["specification"], type=wire.Specification), row["created_at"])
-                    for row in self._db.execute("SELECT * FROM templates ORDER BY created_at, rowid")]
+                    for row in self._db.execute("SELECT * FROM templates ORDER BY rowid")]
 
     def add_template(self, template: Template) -> None:
         """See ``core.interfaces.Store``."""
@@ -287,11 +340,32 @@ def _translated() -> Iterator[None]:
                          hint="Is the disk of the state directory full, or not writable?") from error
 
 
+def _open(path: Path) -> sqlite3.Connection:
+    database = sqlite3.connect(path, isolation_level=None, timeout=5.0)
+    try:
+        os.chmod(path, 0o600)
+        database.row_factory = sqlite3.Row
+        for pragma in ("journal_mode = WAL", "synchronous = NORMAL", "foreign_keys = ON"):
+            database.execute(f"PRAGMA {pragma}")
+    except BaseException:
+        database.close()
+        raise
+    return database
+
+
+def _identity(path: Path) -> tuple[int, int] | None:
+    try:
+        status = os.stat(path)
+    except (FileNotFoundError, NotADirectoryError):
+        return None
+    return status.st_dev, status.st_ino
+
+
 def _lock(directory: Path) -> int:
     """Take the directory for this process: the lock goes with the process, however it ends."""
     try:
         directory.mkdir(mode=0o711, parents=True, exist_ok=True)
-        fd = os.open(directory / "lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+        fd = os.open(directory / _LOCK, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
     except OSError as error:
         raise StoreError(f"{directory}: {error.strerror}", hint="Name another --state-dir.") from error
     try:

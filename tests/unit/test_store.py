@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
+import shutil
 import sqlite3
 from collections.abc import Iterator
 from contextlib import closing
@@ -116,13 +117,13 @@ def add(store: SqliteStore, *environments: Environment) -> None:
             store.add(one)
 
 
-def test_environments_come_back_as_they_were_oldest_first(tmp_path: Path) -> None:
+def test_environments_come_back_as_they_were_oldest_first_whatever_the_clock_said(tmp_path: Path) -> None:
     kept = [environment(3), environment(1), environment(2)]
     first = SqliteStore(tmp_path, PLAN)
     add(first, *kept)
     first.close()
     second = SqliteStore(tmp_path, PLAN)
-    assert second.environments() == [environment(1), environment(2), environment(3)]
+    assert second.environments() == kept
     assert list(second.environments()[0].services) == ["web", "db"]
     second.close()
 
@@ -245,7 +246,7 @@ def test_a_newer_schema_is_named_with_both_versions(tmp_path: Path) -> None:
         SqliteStore(tmp_path, PLAN)
 
 
-def test_templates_come_back_as_they_were_oldest_first(tmp_path: Path) -> None:
+def test_templates_come_back_as_they_were_oldest_first_whatever_the_clock_said(tmp_path: Path) -> None:
     first = SqliteStore(tmp_path, PLAN)
     kept = [template(2), template(1), template(3, specification=wire.Specification())]
     with first.transaction():
@@ -253,7 +254,7 @@ def test_templates_come_back_as_they_were_oldest_first(tmp_path: Path) -> None:
             first.add_template(one)
     first.close()
     second = SqliteStore(tmp_path, PLAN)
-    assert second.templates() == [kept[1], kept[0], kept[2]]
+    assert second.templates() == kept
     with second.transaction():
         second.delete_template("t1")
         second.delete_template("never was")
@@ -278,7 +279,7 @@ def test_what_is_handed_over_is_kept_and_nothing_else_of_it_changes(store: Sqlit
     old = environment(0, state="ready", stock="t0")
     add(store, old, environment(1))
     new = dataclasses.replace(old, name="web", netns="web", labels={"a": "b"}, stock="",
-                              created_at="2031-01-01T00:00:00.000000Z")
+                              created_at="2029-01-01T00:00:00.000000Z")
     with store.transaction():
         store.rename(new)
     assert store.environments() == [environment(1), new]
@@ -322,6 +323,71 @@ def test_a_directory_that_cannot_be_used_is_a_store_error(tmp_path: Path) -> Non
     (tmp_path / "file").write_text("")
     with pytest.raises(StoreError):
         SqliteStore(tmp_path / "file", PLAN)
+
+
+STATE_FILES = ("netnsd.db", "netnsd.db-wal", "netnsd.db-shm", "lock")
+
+
+@pytest.mark.parametrize("removed", [*((name,) for name in STATE_FILES), STATE_FILES[1:3], STATE_FILES[:3], None],
+                         ids=lambda names: "+".join(names) if names else "directory")
+def test_what_is_removed_of_the_directory_is_put_back_with_all_that_was_written(
+        tmp_path: Path, removed: tuple[str, ...] | None) -> None:
+    directory = tmp_path / "state"
+    store = SqliteStore(directory, PLAN)
+    add(store, environment(1))
+    assert not store.restore()
+    if removed is None:
+        shutil.rmtree(directory)
+    for name in removed or ():
+        (directory / name).unlink()
+    add(store, environment(2))  # what is open takes it all the same
+    assert store.restore()
+    assert not store.restore()
+    assert sorted(os.listdir(directory)) == sorted(STATE_FILES)
+    assert {name: os.stat(directory / name).st_mode & 0o777 for name in ("netnsd.db", "lock")} == {
+        "netnsd.db": 0o600, "lock": 0o600}
+    with pytest.raises(AlreadyRunning):
+        SqliteStore(directory, PLAN)
+    add(store, environment(3))
+    copy = tmp_path / "killed"  # as a daemon that is killed leaves it
+    shutil.copytree(directory, copy)
+    killed = SqliteStore(copy, PLAN)
+    assert killed.environments() == [environment(n) for n in (1, 2, 3)]
+    killed.close()
+    store.close()
+    again = SqliteStore(directory, PLAN)
+    assert again.environments() == [environment(n) for n in (1, 2, 3)]
+    again.close()
+
+
+def test_a_directory_that_another_daemon_has_taken_since_is_left_to_it(tmp_path: Path) -> None:
+    directory = tmp_path / "state"
+    store = SqliteStore(directory, PLAN)
+    add(store, environment(1))
+    shutil.rmtree(directory)
+    other = SqliteStore(directory, PLAN)
+    add(other, environment(2))
+    with pytest.raises(AlreadyRunning):
+        store.restore()
+    assert other.environments() == [environment(2)]
+    other.close()
+    assert store.restore()
+    assert store.environments() == [environment(1)]
+    store.close()
+
+
+def test_a_file_that_cannot_be_put_back_is_a_store_error_until_it_can(tmp_path: Path) -> None:
+    directory = tmp_path / "state"
+    store = SqliteStore(directory, PLAN)
+    add(store, environment(1))
+    shutil.rmtree(directory)
+    directory.write_text("in the way")
+    with pytest.raises(StoreError):
+        store.restore()
+    directory.unlink()
+    assert store.restore()
+    assert store.environments() == [environment(1)]
+    store.close()
 
 
 def test_refusals_leave_no_descriptor(tmp_path: Path) -> None:
