@@ -10,6 +10,7 @@ import os
 import platform
 import resource
 import socket
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +32,7 @@ from netnsd.core.pool import PoolSettings
 from netnsd.core.registry import Settings
 from netnsd.core.templates import Templates
 from netnsd.daemon.config import Config
+from netnsd.daemon.doors import Door
 from netnsd.errors import ConfigError, HostUnfit, NetnsdError, SupernetConflict
 from netnsd.kernel import bridges, host, logfile, loss_watch
 from netnsd.kernel.cgroup import CgroupTree
@@ -49,9 +51,9 @@ API_SOCKET, ATTACH_SOCKET, LAUNCHER_SOCKET = "netnsd.sock", "attach.sock", "laun
 _DEFAULT_GROUP = "netnsd"
 _CHECK_SECONDS = 60.0
 _FIRST_REPAIR_SECONDS, _LAST_REPAIR_SECONDS = 0.01, 1.0
+_LOOK_SECONDS = 1.0
 _LOG_SECONDS = 2.0
 _BUSY_LOG_SECONDS = 0.1
-_BACKLOG = 1024
 _DESCRIPTORS = 65536
 _log = structlog.get_logger()
 
@@ -86,6 +88,8 @@ class Node:
         self._started_at = self._clock.now()
         self._events = EventLog(self._clock.now)
         self._http: HttpServer | None = None
+        self._doors: list[Door] = []
+        self._state_trouble = ""
         self._checking = trio.Lock()
         self._check_waits = False
         self._ended = trio.Event()
@@ -128,6 +132,7 @@ class Node:
                         await nursery.start(self.environments.run)
                         await nursery.start(self._templates.run)
                         nursery.start_soon(self._look_after_logs, files)
+                        nursery.start_soon(self._look_after_files, store, files, processes)
                         nursery.start_soon(self._check_now_and_then)
                         nursery.start_soon(self._watch_rules, watch, firewall)
                         nursery.start_soon(self._watch_links)
@@ -139,6 +144,7 @@ class Node:
                     below.cancel_scope.cancel()
             finally:
                 watch.close()
+                self._restore_state(store)
                 with trio.move_on_after(self._config.daemon.grace_seconds, shield=True):
                     unused = len(self.environments.registry) == 0 and not self.environments.pool.held
                     if unused:
@@ -181,33 +187,22 @@ class Node:
     # -- sockets ------------------------------------------------------------------------------------------------
 
     async def _open_sockets(self, nursery: trio.Nursery, files: EnvironmentFiles) -> None:
-        api, attach = self._listen(API_SOCKET), self._listen(ATTACH_SOCKET)
-        filters = peer.refuse_descriptors(api)
-        peer.refuse_descriptors(attach)
+        api, attach = self._door(API_SOCKET), self._door(ATTACH_SOCKET)
         context = Context(self.environments, self._templates, Metrics(self._figures).text, self._info, self._examine,
                           files.log_path, logfile.read, self._events.follow)
-        closer = Closer(filters_descriptors=filters)
+        closer = Closer(filters_descriptors=api.filters_descriptors)
         self._http = HttpServer(application(context), closer)
         attach_server = AttachServer(self.environments, closer)
         gate = Gate(self._config.daemon.admin_group, self._config.daemon.connections_per_user, closer)
-        nursery.start_soon(gate.serve, api, self._http.handle, nursery, self._http.refusal)
-        nursery.start_soon(gate.serve, attach, attach_server.handle, nursery, attach_server.refusal)
+        for door, server in ((api, self._http), (attach, attach_server)):
+            accept = partial(gate.serve, handler=server.handle, nursery=nursery, refused=server.refusal)
+            nursery.start_soon(door.serve, accept, _LOOK_SECONDS)
 
-    def _listen(self, name: str) -> socket.socket:
-        if name in self._passed:
-            return self._passed[name]
-        path = self._runtime / name
-        path.unlink(missing_ok=True)
-        listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_CLOEXEC)
-        mask = os.umask(0o777)  # nobody may connect before the mode is set
-        try:
-            listener.bind(str(path))
-        finally:
-            os.umask(mask)
-        os.chown(path, 0, self._socket_gid())
-        path.chmod(self._config.socket_permissions)
-        listener.listen(_BACKLOG)
-        return listener
+    def _door(self, name: str) -> Door:
+        door = Door(self._runtime / name, mode=self._config.socket_permissions, gid=self._socket_gid(),
+                    passed=self._passed.get(name))
+        self._doors.append(door)
+        return door
 
     def _socket_gid(self) -> int:
         name = self._config.daemon.socket_group
@@ -220,8 +215,8 @@ class Node:
                               hint=f"groupadd --system {name}") from error
 
     def _clear_runtime(self, files: EnvironmentFiles, *, unused: bool) -> None:
-        for name in {API_SOCKET, ATTACH_SOCKET} - self._passed.keys():
-            (self._runtime / name).unlink(missing_ok=True)
+        for door in self._doors:
+            door.close()
         if unused:
             files.remove_all()
             with contextlib.suppress(OSError):  # systemd's, or somebody's files are in it
@@ -295,6 +290,30 @@ class Node:
             async for names in losses:
                 if not names or self.environments.caretaker.concerns(links=(), names=names):
                     await self.check()
+
+    async def _look_after_files(self, store: SqliteStore, files: EnvironmentFiles,
+                                processes: LauncherProcesses) -> None:
+        """What others take away of our files, and what they change in the host's."""
+        while True:
+            await trio.sleep(_LOOK_SECONDS)
+            self._restore_state(store)
+            processes.look()
+            try:
+                for _environment in files.follow_host(self.environments.registry.all()):
+                    await trio.lowlevel.checkpoint()
+            except NetnsdError as error:
+                _log.error("host_files_unread", reason=error.message)
+
+    def _restore_state(self, store: SqliteStore) -> None:
+        try:
+            if store.restore():
+                self._emit("state_restored", 0, "", "", reason="the state file, or what is beside it, was removed")
+        except NetnsdError as error:
+            if error.message != self._state_trouble:
+                self._emit("state_missing", 0, "", "", reason=error.message)
+            self._state_trouble = error.message
+        else:
+            self._state_trouble = ""
 
     async def _look_after_logs(self, files: EnvironmentFiles) -> None:
         while True:

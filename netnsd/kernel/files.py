@@ -14,6 +14,7 @@ import functools
 import os
 import shutil
 import struct
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 from netnsd.core.environment import Environment
@@ -41,6 +42,7 @@ class EnvironmentFiles:
         self._names = runtime / "env"
         self._logs = state / "logs"
         self._log_bytes = log_bytes
+        self._followed = _of_host()
         for directory in (self._names, self._logs):
             directory.mkdir(mode=0o711, parents=True, exist_ok=True)
 
@@ -49,10 +51,9 @@ class EnvironmentFiles:
         directory = f"{self._names}/{environment.id}"
         hosts, resolv = f"{directory}/hosts", f"{directory}/resolv.conf"
         try:
-            with contextlib.suppress(FileExistsError):
-                os.mkdir(directory, 0o755)
-            _write(hosts, f"127.0.0.1\tlocalhost\n{environment.slot.address}\t{environment.name}\n{_host_names()}")
-            text = resolv_conf()
+            _make_in(self._names, environment.id, 0o755)
+            names, text = _of_host()
+            _write(hosts, _hosts(environment, names))
             if text is None:
                 return hosts, None
             _write(resolv, text)
@@ -60,12 +61,29 @@ class EnvironmentFiles:
             raise KernelError.at("files", error) from error
         return hosts, resolv
 
+    def follow_host(self, environments: Iterable[Environment]) -> Iterator[Environment]:
+        """Where the host's names or name servers have changed since the last look, write them for ``environments``.
+
+        In place: running servers have these very files mounted. Gives each that was changed, after it was; what keeps
+        one from being written does not keep the others. Raises KernelError where the host's cannot be read.
+        """
+        names, text = _of_host()
+        if (names, text) == self._followed:
+            return
+        for environment in environments:
+            directory = self._names / environment.id
+            for path, wanted in ((directory / "hosts", _hosts(environment, names)), (directory / "resolv.conf", text)):
+                if wanted is not None and path.exists():  # else nothing was started there yet
+                    with contextlib.suppress(OSError):
+                        _write(str(path), wanted)
+            yield environment
+        self._followed = names, text
+
     def open_log(self, environment: Environment, service: str) -> int:
         """See ``core.interfaces.Files``."""
         path = self.log_path(environment.id, service)
         try:
-            with contextlib.suppress(FileExistsError):
-                os.mkdir(os.path.dirname(path), 0o711)
+            _make_in(self._logs, environment.id, 0o711)
             fd = os.open(path, _APPEND, 0o600)
             _let_user_write(fd, environment.uid)
         except OSError as error:
@@ -94,12 +112,12 @@ class EnvironmentFiles:
 
     def observe(self) -> set[str]:
         """See ``core.interfaces.Files``."""
-        return set(os.listdir(self._names)) | set(os.listdir(self._logs))
+        return set(_entries(self._names)) | set(_entries(self._logs))
 
     def cap_logs(self) -> int:
         """Punch out the heads of logs that take too much disk. Returns how many grew beyond half of their bound."""
         busy = 0
-        for directory in os.listdir(self._logs):
+        for directory in _entries(self._logs):
             # Whatever is wrong with one log must not keep the others from being capped.
             with contextlib.suppress(OSError), os.scandir(self._logs / directory) as logs:
                 for log in logs:
@@ -125,9 +143,32 @@ class EnvironmentFiles:
             os.close(fd)
 
 
-def _host_names() -> str:
-    """See ``_host_names_of``."""
-    return _host_names_of(_read(_HOSTS) or "")
+def _make_in(parent: Path, name: str, mode: int) -> None:
+    """Make a directory in one of ours, which somebody may have removed."""
+    try:
+        os.mkdir(parent / name, mode)
+    except FileExistsError:
+        pass
+    except FileNotFoundError:
+        parent.mkdir(mode=0o711, parents=True, exist_ok=True)
+        os.mkdir(parent / name, mode)
+
+
+def _entries(directory: Path) -> list[str]:
+    """What is in one of our directories, which somebody may have removed."""
+    try:
+        return os.listdir(directory)
+    except FileNotFoundError:
+        return []
+
+
+def _of_host() -> tuple[str, str | None]:
+    """What the files are made of: the host's names, and its resolv.conf."""
+    return _host_names_of(_read(_HOSTS) or ""), resolv_conf()
+
+
+def _hosts(environment: Environment, names: str) -> str:
+    return f"127.0.0.1\tlocalhost\n{environment.slot.address}\t{environment.name}\n{names}"
 
 
 @functools.lru_cache(maxsize=4)
@@ -174,9 +215,10 @@ def _is_loopback_only(text: str) -> bool:
 
 
 def _write(path: str, text: str) -> None:
-    fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_NOFOLLOW | os.O_CLOEXEC, 0o644)
+    # Never empty in between: somebody may be reading it.
+    fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o644)
     try:
-        os.write(fd, text.encode())
+        os.ftruncate(fd, os.write(fd, text.encode(errors="surrogateescape")))
     finally:
         os.close(fd)
 
@@ -194,4 +236,4 @@ def _read(path: Path) -> str | None:
 
 @functools.lru_cache(maxsize=16)
 def _contents(path: Path, _inode: int, _changed_ns: int, _size: int) -> str:
-    return path.read_text()
+    return path.read_text(encoding="utf-8", errors="surrogateescape")  # an admin's comment may be in any encoding

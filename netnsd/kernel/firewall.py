@@ -311,9 +311,9 @@ class NftFirewall:
         return True
 
     def _differences(self, openings: Sequence[Opening], moving: Sequence[Opening]) -> tuple[list[str], list[str]]:
-        if self._listing() != self._loaded:
-            return ["table ip netnsd, or rules of it"], []
         present, wanted = self._present(), _present(openings, self._uplinks)
+        if present is None or self._listing() != self._loaded:
+            return ["table ip netnsd, or rules of it"], []
         missing, surplus = wanted - present, present - wanted - _present(moving, ())
         return ([f"{name} {{ {element} }}" for name, element in sorted(missing)],
                 [f"{name} {{ {element} }}" for name, element in sorted(surplus)])

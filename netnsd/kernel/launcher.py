@@ -70,8 +70,11 @@ class Start:
 class Launcher:
     """The loop. Everything in it returns at once."""
 
-    def __init__(self, listener: socket.socket, hiding: Hiding) -> None:
+    def __init__(self, listener: socket.socket, hiding: Hiding, path: str | None = None) -> None:
         self._listener = listener
+        self._path = path  # None where the socket is systemd's
+        self._inode = os.stat(path).st_ino if path is not None else 0
+        self._is_missed = False
         self._hiding = hiding
         self._settings = Settings()
         self._selector = selectors.DefaultSelector()
@@ -90,6 +93,7 @@ class Launcher:
             sock.setblocking(False)
         signal.set_wakeup_fd(signalled.fileno(), warn_on_full_buffer=False)
         signal.signal(signal.SIGCHLD, lambda *_: None)
+        signal.signal(signal.SIGHUP, self._miss)
         for number in (signal.SIGTERM, signal.SIGINT):
             signal.signal(number, self._stop)
         self._selector.register(wakeup, selectors.EVENT_READ, lambda: self._woken(wakeup))
@@ -101,13 +105,41 @@ class Launcher:
                 handle: Callable[[], None] = key.data
                 handle()
 
+    def close(self) -> None:
+        """Remove the socket's file, unless it is another's by now, or systemd's."""
+        with contextlib.suppress(OSError):
+            if self._path is not None and os.stat(self._path).st_ino == self._inode:
+                os.unlink(self._path)
+
     def _stop(self, *_: object) -> None:
         self._stopping = True
+
+    def _miss(self, *_: object) -> None:
+        self._is_missed = True
+
+    def _listen_again(self) -> None:
+        """Somebody has removed the socket's file, by which the next daemon finds us: make it anew."""
+        self._is_missed = False
+        if self._path is None or os.path.lexists(self._path):
+            return
+        try:
+            listener = listen(self._path)
+        except OSError:
+            return
+        self._inode = os.stat(self._path).st_ino
+        listener.setblocking(False)
+        listener.set_inheritable(False)
+        self._selector.unregister(self._listener)
+        self._listener.close()
+        self._listener = listener
+        self._selector.register(self._listener, selectors.EVENT_READ, self._accept)
 
     def _woken(self, wakeup: socket.socket) -> None:
         with contextlib.suppress(BlockingIOError):
             while wakeup.recv(4096):
                 pass
+        if self._is_missed:
+            self._listen_again()
         while True:
             try:
                 pid, status = os.waitpid(-1, os.WNOHANG)
@@ -368,11 +400,9 @@ def main() -> int:
         libc.join_session_keyring()
         libc.revoke_session_keyring()
     libc.prctl(libc.PR_SET_CHILD_SUBREAPER, 1)
-    inode = None if given else os.stat(path).st_ino
-    Launcher(listener, hiding).run()
-    with contextlib.suppress(OSError):
-        if os.stat(path).st_ino == inode:
-            os.unlink(path)
+    launcher = Launcher(listener, hiding, None if given else path)
+    launcher.run()
+    launcher.close()
     return 0
 
 

@@ -144,6 +144,12 @@ class LauncherProcesses:
         if self._socket is not None:
             self._post(_Request(0, encode(Kind.ACKNOWLEDGE, 0, {"launch_id": launch_id}), []))
 
+    def look(self) -> None:
+        """Have the launcher make its socket's file anew where somebody has removed it: the next daemon needs it."""
+        if self._starts and self.launcher_pid is not None and not os.path.lexists(self._socket_path):
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(self.launcher_pid, signal.SIGHUP)
+
     def retire(self) -> None:
         """End the launcher, which nothing needs any more; servers would go on without their exit codes."""
         if not self._starts:

@@ -237,7 +237,7 @@ def test_every_metric_is_documented_and_no_other() -> None:
 
 
 def test_every_kind_of_event_is_documented_and_no_other() -> None:
-    told = {kind for path in (CHECKOUT / "netnsd" / "core").glob("*.py")
+    told = {kind for room in ("core", "daemon") for path in (CHECKOUT / "netnsd" / room).glob("*.py")
             for kind in re.findall(r"\b_?(?:tell|emit)\(\s*[\"'](\w+)", path.read_text(encoding="utf-8"))}
     paragraph = re.search(r"(?ms)^Events: (.*?)\n\n", section("## HTTP API"))
     assert paragraph

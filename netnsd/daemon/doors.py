@@ -1,0 +1,96 @@
+"""The daemon's Unix sockets: where they are, who may connect, and made anew where somebody removes one."""
+
+from __future__ import annotations
+
+import os
+import socket
+from collections.abc import Awaitable, Callable
+from pathlib import Path
+
+import structlog
+import trio
+
+from netnsd.api import peer
+
+_BACKLOG = 1024
+_log = structlog.get_logger()
+
+
+class Door:
+    """One listening socket at a path. It is made at once; use ``serve``, and ``close`` at the end.
+
+    Args:
+        path: where it is, or is to be.
+        mode, gid: of the file.
+        passed: systemd's, which only systemd can make anew.
+
+    Raises OSError.
+    """
+
+    def __init__(self, path: Path, *, mode: int, gid: int, passed: socket.socket | None = None) -> None:
+        self._path = path if passed is None else Path(passed.getsockname())
+        self._mode, self._gid = mode, gid
+        self._passed = passed
+        self._listener = passed or self._made()
+        self.filters_descriptors = peer.refuse_descriptors(self._listener)
+        self._inode = self._seen()
+        self._is_missed = False
+
+    def close(self) -> None:
+        """Remove the file, unless it is systemd's."""
+        if self._passed is None and self._seen() == self._inode:
+            self._path.unlink(missing_ok=True)
+
+    async def serve(self, accept: Callable[[socket.socket], Awaitable[None]], look_seconds: float) -> None:
+        """Have ``accept`` serve the socket for ever, and a new one where its file is gone. Connections go on."""
+        while True:
+            async with trio.open_nursery() as nursery:
+                nursery.start_soon(accept, self._listener)
+                while (made := self._made_anew()) is None:
+                    await trio.sleep(look_seconds)
+                nursery.cancel_scope.cancel()
+            self._listener.close()
+            self._listener, self._inode = made, self._seen()
+            _log.warning("socket_restored", path=str(self._path))
+
+    def _made_anew(self) -> socket.socket | None:
+        """A new socket, where the file is not this one's any more and one can be made."""
+        if self._seen() == self._inode:
+            self._is_missed = False
+            return None
+        try:
+            if self._passed is not None:
+                raise OSError("systemd has it: systemctl restart netnsd.socket netnsd-attach.socket")
+            made = self._made()
+            peer.refuse_descriptors(made)
+        except OSError as error:
+            if not self._is_missed:
+                _log.error("socket_missing", path=str(self._path), reason=str(error))
+            self._is_missed = True
+            return None
+        return made
+
+    def _made(self) -> socket.socket:
+        self._path.parent.mkdir(mode=0o755, parents=True, exist_ok=True)
+        self._path.unlink(missing_ok=True)
+        listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_CLOEXEC)
+        try:
+            mask = os.umask(0o777)  # nobody may connect before the mode is set
+            try:
+                listener.bind(str(self._path))
+            finally:
+                os.umask(mask)
+            os.chown(self._path, 0, self._gid)
+            self._path.chmod(self._mode)
+            listener.listen(_BACKLOG)
+        except BaseException:
+            listener.close()
+            raise
+        return listener
+
+    def _seen(self) -> tuple[int, int] | None:
+        try:
+            status = os.stat(self._path)
+        except OSError:
+            return None
+        return status.st_dev, status.st_ino
