@@ -247,13 +247,28 @@ class KernelNetwork:
                          if namespace in owners and kept[owners[namespace]] != name)
 
     def _unname(self, index: int, name: str) -> None:
-        """Remove the name in /run/netns where it is ours: same namespace as the slot's pin, or left half-made."""
-        ours, named = survey.inode(self._pin(index)), survey.inode(name)
-        if named is None or (survey.is_namespace(named) and (ours is None or named.st_ino != ours.st_ino)):
+        """Remove the name in /run/netns where it is ours: same namespace as the slot's pin, or left half-made.
+
+        Others may have mounted on it: ours goes from below theirs, and from above. Theirs has the name afterwards.
+        """
+        inode = survey.namespace_at(self._pin(index))
+        named = survey.inode(name)
+        if named is not None and survey.is_namespace(named) and named.st_ino != inode and not _is_below(inode, name):
             return
-        if not survey.is_namespace(named) and named.st_size:
-            return
-        namespace_thread.unpin(name)
+        with ExitStack() as kept:
+            theirs: int | None = None
+            while (named := survey.inode(name)) is not None and survey.is_namespace(named):
+                if named.st_ino != inode and theirs is None:
+                    # Held while it has no name.
+                    theirs = os.open(name, os.O_RDONLY | os.O_CLOEXEC)
+                    kept.callback(os.close, theirs)
+                libc.umount2(name, libc.MNT_DETACH)
+            if named is None or named.st_size:
+                return
+            with contextlib.suppress(FileNotFoundError):
+                os.unlink(name)
+            if theirs is not None:
+                namespace_thread.bind(f"/proc/self/fd/{theirs}", name)
 
     def _mend(self, slot: Slot, netns: str) -> list[str]:
         assert self._route is not None
@@ -266,8 +281,9 @@ class KernelNetwork:
             namespace_thread.unpin(pin)
             namespace_thread.bind(name, pin)
             mended.append("pin")
-        if survey.namespace_at(name) != survey.namespace_at(pin):
-            self._unname(slot.index, name)  # half of one, of ours
+        if (named := survey.namespace_at(name)) != survey.namespace_at(pin):
+            if named is None:
+                self._unname(slot.index, name)  # half of one, of ours
             self._name(slot.index, netns)
             mended.append("name")
         link = next((port for port in self._route.ports() if port.index == slot.port_ifindex), None)
@@ -325,6 +341,17 @@ def _translated(stage: str, job: Callable[[], T]) -> Callable[[], T]:
             raise KernelError.at(getattr(error, "stage", stage), error) from error
 
     return call
+
+
+def _is_below(inode: int | None, path: str) -> bool:
+    """Whether that namespace is among all that is mounted on ``path``, of which one sees the uppermost alone."""
+    if inode is None:
+        return False
+    for line in Path("/proc/self/mountinfo").read_text().splitlines():
+        _id, _parent, _device, root, point, *_ = line.split()
+        if root == f"net:[{inode}]" and point == path:
+            return True
+    return False
 
 
 def _make_mount(directory: Path, propagation: int) -> None:
