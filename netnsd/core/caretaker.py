@@ -99,29 +99,34 @@ class Caretaker:
                 await self._settling.furnish(environment)
             else:
                 self._settling.settle(environment)
-        except (NetnsLost, NetnsTaken) as error:
+        except NetnsLost as error:
             self._particulars.tell("lost", environment, reason=error.message)
             self._removal.remove_behind(environment)
         except NetnsdError as error:  # the next check tries again
             self._particulars.tell("mend_failed", environment, reason=error.message)
 
     async def mend(self, environment: Environment) -> None:
-        """Give an environment back what the kernel lost of it. Raises NetnsLost, NetnsTaken, KernelError."""
-        for tries in range(1, _MEND_TRIES + 1):
-            try:
-                mended = await self._a.network.mend(environment.slot, environment.netns)
-            except (NetnsLost, NetnsTaken):
-                raise
-            except KernelError:
-                if tries == _MEND_TRIES:
-                    raise
-                await trio.sleep(_MEND_AGAIN_SECONDS)
-            else:
-                break
+        """Give an environment back what the kernel lost of it. Where its name is somebody else's now, it gets another.
+
+        Raises NetnsLost, NetnsTaken, KernelError, StoreError.
+        """
+        try:
+            mended = await self._mend(environment)
+        except NetnsTaken:
+            old = self._registry.rename(environment)
+            mended = await self._mend(environment)
+            await self._a.network.unname(environment.slot, old)  # it may lie below somebody else's
         if "link" in mended:
             self._particulars.furnished.discard(environment.id)
         if mended:
-            self._particulars.tell("mended", environment, what=list(mended))
+            self._particulars.tell("mended", environment, what=list(mended), netns=environment.netns_path)
+
+    async def _mend(self, environment: Environment) -> Sequence[str]:
+        for _ in range(_MEND_TRIES - 1):
+            with contextlib.suppress(KernelError):
+                return await self._a.network.mend(environment.slot, environment.netns)
+            await trio.sleep(_MEND_AGAIN_SECONDS)
+        return await self._a.network.mend(environment.slot, environment.netns)
 
     async def _tidy(self, environment: Environment) -> None:
         with contextlib.suppress(NetnsdError):  # next time, then

@@ -207,6 +207,19 @@ class Registry:
         self._by_name[environment.uid, name] = environment
         self._netns.add(netns)
 
+    def rename(self, environment: Environment) -> str:
+        """Have another name for an environment's namespace, as its own is somebody else's now; returns the old one.
+
+        Raises NetnsTaken, StoreError.
+        """
+        old, new = environment.netns, self._free_netns(environment.name, environment.uid, environment.user)
+        with self._store.transaction():
+            self._store.rename(replace(environment, netns=new))
+        environment.netns = new
+        self._netns.add(new)
+        self._netns.discard(old)
+        return old
+
     def free(self, netns: str) -> None:
         """No environment's namespace is called that any more."""
         self._netns.discard(netns)
@@ -239,6 +252,9 @@ class Registry:
         if (uid, name) in self._stock_names:
             raise NameTaken(f"one in stock of a template of yours is called {name!r}", hint="Choose another name.",
                             name=name)
+        return self._free_netns(name, uid, user)
+
+    def _free_netns(self, name: str, uid: int, user: str) -> str:
         user = user if _USER_IN_NETNS.match(user) else str(uid)
         for candidate in (name, f"{name}.{user}"):
             if candidate not in self._netns and not self._is_taken(candidate):

@@ -9,7 +9,7 @@ from netnsd.core.interfaces import Adapters, Emit
 from netnsd.core.particulars import Particulars, opening
 from netnsd.core.pool import FIRST_SERVICE
 from netnsd.core.supervisor import Supervisor, group_of
-from netnsd.errors import KernelError, NetnsdError
+from netnsd.errors import KernelError, NetnsdError, NetnsLost
 
 if TYPE_CHECKING:
     from netnsd.core.caretaker import Caretaker
@@ -73,12 +73,14 @@ class Takeover:
             self._emit("mend_failed", 0, "", "", reason=error.message)
 
     async def _mend(self, actions: reconcile.Actions, lost: dict[str, str]) -> None:
-        """What cannot be mended is lost: what is left of it is of no use to anybody."""
+        """What nothing leads to any more is lost: what is left of it is of no use to anybody."""
         for environment in actions.mend:
             try:
                 await self._caretaker.mend(environment)
-            except NetnsdError as error:
+            except NetnsLost as error:
                 lost[environment.id] = error.message
+            except NetnsdError as error:  # checks try again
+                self._particulars.tell("mend_failed", environment, reason=error.message)
 
     def _adopt(self, environment: Environment, services: dict[str, Service], observed: reconcile.Observed) -> None:
         environment.state = "ready"

@@ -118,15 +118,29 @@ def test_an_environment_to_which_nothing_leads_any_more_ends_and_leaves_nothing(
         assert daemon.ctl_json("doctor")["differences"] == []
 
 
-def test_a_name_that_is_somebody_elses_now_ends_the_environment_and_is_let_be(daemon: Daemon) -> None:
+@pytest.mark.parametrize("way", [
+    "ip netns delete web; ip netns add web",
+    "cd /run/netns; ip netns add other; mount --bind other web; umount other; rm other",
+], ids=["made anew", "mounted on it"])
+@pytest.mark.parametrize("is_up", [True, False], ids=["up", "down"])
+def test_where_its_name_is_somebody_elses_now_an_environment_has_another(daemon: Daemon, way: str, is_up: bool) -> None:
     host = daemon.host
     with nothing_left(host):
-        _echoing(daemon)
-        _run(host, "ip netns delete web; ip netns add web")
+        web = _echoing(daemon)
+        if not is_up:
+            daemon.kill()
+        _run(host, way)
         theirs = os.stat(host.path("/run/netns/web")).st_ino
-        wait_until(lambda: daemon.ctl_json("ls", user=ALICE) == [] or daemon.ctl_json(
-            "doctor")["differences"] == [], what="the environment's end, or its name back")
+        if not is_up:
+            daemon.start()
         os.kill(daemon.pid, signal.SIGHUP)
-        wait_until(lambda: daemon.ctl_json("ls", user=ALICE) == [], what="the environment's end")
+        after = {**web, "netns": "/run/netns/web.alice"}
+        wait_until(lambda: daemon.ctl_json("show", "web", user=ALICE) == after, what="another name")
+        wait_until(lambda: host.run(["ip", "netns", "exec", "web.alice", "true"]).returncode == 0, what="a namespace")
+        assert os.stat(host.path("/run/netns/web")).st_ino == theirs
+        assert ask(host, "tcp", "127.0.0.1", published(web), user=ALICE) == "alice heard hello"
+        assert daemon.ctl("exec", "web", "--", "echo", "hi", user=ALICE, check=True).stdout == "hi\n"
+        assert daemon.ctl_json("doctor")["differences"] == []
+        daemon.ctl("rm", "web", user=ALICE, check=True)
         assert os.stat(host.path("/run/netns/web")).st_ino == theirs
         _run(host, "ip netns delete web")

@@ -129,7 +129,7 @@ async def test_a_reset_is_told() -> None:
 
 
 async def test_what_the_host_lacks_is_not_the_servers_fault(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(probes.trio.socket, "socket", lambda: (_ for _ in ()).throw(OSError(24, "")))
+    monkeypatch.setattr(trio.socket, "socket", lambda: (_ for _ in ()).throw(OSError(24, "")))
     with pytest.raises(KernelError):
         await HostProbes().tcp(ADDRESS, 1)
     with pytest.raises(KernelError):
