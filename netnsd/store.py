@@ -120,13 +120,14 @@ class SqliteStore:
     def transaction(self) -> Iterator[None]:
         """See ``core.interfaces.Store``."""
         with _translated():
+            self._roll_back()  # what an earlier one could not
             self._db.execute("BEGIN IMMEDIATE")
             try:
                 yield
                 self._db.execute("COMMIT")
             except BaseException as error:
-                if self._db.in_transaction:  # SQLite itself has ended one that met a full disk, perhaps
-                    self._db.execute("ROLLBACK")
+                with contextlib.suppress(sqlite3.Error):  # what went wrong first is what matters
+                    self._roll_back()
                 if isinstance(error, (sqlite3.Error, StoreError)):
                     self._make_room()
                 raise
@@ -277,6 +278,11 @@ class SqliteStore:
         """See ``core.interfaces.Store``."""
         with _translated():
             self._db.execute("DELETE FROM environments WHERE id = ?", (environment_id,))
+
+    def _roll_back(self) -> None:
+        """Also after a commit that failed, which may leave its transaction open; a full disk may end it as well."""
+        if self._db.in_transaction:
+            self._db.execute("ROLLBACK")
 
     def _slot(self, index: int) -> Any:
         try:

@@ -10,7 +10,6 @@ import pytest
 import trio
 
 from netnsd.errors import KernelError
-from netnsd.kernel import probes
 from netnsd.kernel.probes import HostProbes
 
 ADDRESS = "127.0.0.1"

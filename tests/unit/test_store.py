@@ -156,6 +156,34 @@ def test_a_transaction_that_fails_writes_nothing(store: SqliteStore) -> None:
     add(store, environment())
 
 
+class FullAtCommit:
+    """A connection whose disk fills up between a statement and its commit. ``ends``: SQLite rolls back by itself."""
+
+    def __init__(self, db: sqlite3.Connection, *, ends: bool) -> None:
+        self._db, self._ends = db, ends
+
+    def execute(self, statement: str, *values: object) -> sqlite3.Cursor:
+        if statement == "COMMIT":
+            if self._ends:
+                self._db.execute("ROLLBACK")
+            raise sqlite3.OperationalError("database or disk is full")
+        return self._db.execute(statement, *values)
+
+    def __getattr__(self, name: str) -> object:
+        return getattr(self._db, name)
+
+
+@pytest.mark.parametrize("ends", [False, True])
+def test_a_commit_that_fails_writes_nothing_and_is_in_no_other_transactions_way(store: SqliteStore, ends: bool) -> None:
+    real = store._db
+    store._db = FullAtCommit(real, ends=ends)  # type: ignore[assignment]
+    with pytest.raises(StoreError, match="full"):
+        add(store, environment())
+    store._db = real
+    assert store.environments() == []
+    add(store, environment())
+
+
 @pytest.mark.parametrize("twin", [
     {"id": "id0"}, {"name": "e0"}, {"netns": "e0.alice"}, {"slot": PLAN.slot(0)},
     {"ports": (PublishedPort(80, "tcp", 20000),)}], ids=lambda twin: next(iter(twin)))
