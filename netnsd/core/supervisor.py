@@ -112,6 +112,10 @@ class Supervisor:
         group = group_of(environment.slot, service.name)
         try:
             self._save(environment, service.changed(state="starting", launch_id=launch_id, pid=None, exit_code=None))
+            if service.launch_id is not None:
+                # An interrupted stop may have left the group, and what is born in one that was killed as a whole, ever,
+                # is killed at once: cgroup_css_set_fork (kernel/cgroup/cgroup.c) looks at the parent's kill_seq.
+                await self._a.cgroups.remove(group)
             await self._a.cgroups.create(group)
             log = self._a.files.open_log(environment, service.name)
             try:

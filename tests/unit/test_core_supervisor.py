@@ -161,6 +161,21 @@ async def test_start_starts_what_does_not_run_and_nothing_else(tmp_path: Path) -
         assert {s.state for s in environment.services.values()} == {"running"}
 
 
+async def test_a_service_that_ran_before_starts_in_another_group(tmp_path: Path) -> None:
+    """The kernel kills at once what is born in a group that was killed as a whole before."""
+    world = World(tmp_path)
+    async with world.running() as environments:
+        environment = await make(world)
+        launch = environment.services["s0"].launch_id
+        assert launch is not None
+        [group] = [launched.cgroup for launched in world.processes.launches]
+        kept = world.cgroups.groups[group]
+        world.processes.end(launch, 1)
+        await settled()
+        await environments.start(environment)
+        assert world.cgroups.groups[group] is not kept
+
+
 @pytest.mark.parametrize("kind", [LaunchFailed, KernelError, StoreError])
 async def test_a_start_that_fails_at_any_step_can_be_tried_again(tmp_path: Path, kind: type[NetnsdError]) -> None:
     world = World(tmp_path)
