@@ -2,7 +2,8 @@
 
 trio's pooled threads must never change namespace: a thread that has moved and is reused is a silent wrong-namespace
 bug. So one thread of our own does all of it, one job after another, and is back in the host's namespace after each:
-while it stood in a namespace, that namespace could not be deleted.
+while it stood in a namespace, that namespace could not be deleted. One that cannot go back, for lack of memory, is
+replaced by another.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ import heapq
 import itertools
 import os
 import queue
+import stat
 import threading
 from collections.abc import Awaitable, Callable
 from typing import Self, TypeVar
@@ -26,6 +28,9 @@ T = TypeVar("T")
 _Job = Callable[[], None]
 
 _SELF_NETNS = "/proc/thread-self/ns/net"
+_MOST_STACKED = 1000
+# Of a file that waits for its namespace: ip-netns(8) and others give no such mode. The mount hides it.
+_HALF_MADE = stat.S_IFREG | stat.S_ISVTX | 0o444
 
 
 class Priority(enum.IntEnum):
@@ -47,7 +52,8 @@ class NamespaceThread:
         self._more: queue.SimpleQueue[None] = queue.SimpleQueue()
         self._order = itertools.count()
         self._host_fd = os.open(_SELF_NETNS, os.O_RDONLY | os.O_CLOEXEC)
-        self._thread = threading.Thread(target=self._work, name="namespaces", daemon=True)
+        self._thread: threading.Thread | None = None
+        self._is_lost = False
         self._closed = False
 
     @property
@@ -56,13 +62,14 @@ class NamespaceThread:
         return self._host_fd
 
     def __enter__(self) -> Self:
-        self._thread.start()
+        self._begin()
         return self
 
     def __exit__(self, *_: object) -> None:
         self._closed = True
         self._put(Priority.STOP, None)
-        self._thread.join()
+        if self._thread is not None:
+            self._thread.join()
         os.close(self._host_fd)
 
     async def run(self, job: Callable[[], T], priority: Priority) -> T:
@@ -89,7 +96,11 @@ class NamespaceThread:
             except BaseException as error:  # handed to the caller, whole  # noqa: BLE001
                 failure.append(error)
             finally:
-                libc.setns(self._host_fd, libc.CLONE_NEWNET)
+                try:
+                    libc.setns(self._host_fd, libc.CLONE_NEWNET)
+                except OSError:  # ENOMEM
+                    self._is_lost = True
+                    token.run_sync_soon(self._begin)
                 token.run_sync_soon(done.set)
 
         async def outcome() -> T:
@@ -102,6 +113,14 @@ class NamespaceThread:
         self._put(priority, call)
         return outcome()
 
+    def _begin(self) -> None:
+        """Begin a thread, which is born in the host's namespace: its creator's. One that is lost is ending."""
+        if self._thread is not None:
+            self._thread.join()
+        self._is_lost = False
+        self._thread = threading.Thread(target=self._work, name="namespaces", daemon=True)
+        self._thread.start()
+
     def _put(self, priority: Priority, job: _Job | None) -> None:
         heapq.heappush(self._jobs, (priority, next(self._order), job))
         self._more.put(None)
@@ -113,6 +132,8 @@ class NamespaceThread:
             if job is None:
                 return
             job()
+            if self._is_lost:  # where it stands it must do no other job
+                return
 
 
 def enter_new() -> None:
@@ -146,7 +167,7 @@ def pin(path: str) -> None:
 
 def bind(source: str, path: str) -> None:
     """Bind the namespace at ``source`` on the new file ``path``. Raises FileExistsError."""
-    os.close(os.open(path, os.O_RDONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o444))
+    os.close(os.open(path, os.O_RDONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, stat.S_IMODE(_HALF_MADE)))
     try:
         libc.mount(source, path, None, libc.MS_BIND)
     except OSError:
@@ -154,9 +175,14 @@ def bind(source: str, path: str) -> None:
         raise
 
 
+def is_half_made(status: os.stat_result) -> bool:
+    """Whether this is a file that ``bind`` made and mounted nothing on: who was about to is dead."""
+    return status.st_mode == _HALF_MADE and status.st_uid == 0 and status.st_size == 0
+
+
 def unpin(path: str) -> None:
     """Undo ``pin``. What is gone already is fine; a half-made one, and mounts stacked on the name, are too."""
-    while True:
+    for rounds_left in reversed(range(_MOST_STACKED)):
         try:
             libc.umount2(path, libc.MNT_DETACH)
         except FileNotFoundError:
@@ -170,7 +196,7 @@ def unpin(path: str) -> None:
         except FileNotFoundError:
             return
         except OSError as error:
-            if error.errno != errno.EBUSY:  # something else is mounted there
+            if error.errno != errno.EBUSY or not rounds_left:  # something else is mounted there
                 raise
         else:
             return

@@ -13,6 +13,7 @@ import os
 import socket
 from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
 from contextlib import ExitStack
+from functools import partial
 from pathlib import Path
 from typing import TypeVar
 
@@ -135,6 +136,11 @@ class KernelNetwork:
                 directory.mkdir(mode=0o755, parents=True, exist_ok=True)
             _make_mount(NETNS_DIRECTORY, libc.MS_SHARED)
             _make_mount(self._pins, libc.MS_PRIVATE)
+            # No row tells of a name that somebody was about to give to what has another.
+            for name in os.listdir(NETNS_DIRECTORY):
+                status = _inode(f"{NETNS_DIRECTORY}/{name}")
+                if status is not None and namespace_thread.is_half_made(status):
+                    namespace_thread.unpin(f"{NETNS_DIRECTORY}/{name}")
             self._route = rtnetlink.RouteSocket()
         except OSError as error:
             raise KernelError.at("open", error) from error
@@ -203,13 +209,16 @@ class KernelNetwork:
         attempt("inhabitants", lambda: inhabitants.kill({
             namespace for slot, _ in slots if (namespace := survey.namespace_at(self._pin(slot.index))) is not None}))
         for slot, netns in slots:
-            name = netns if netns != "" else self._name_of(slot.index)
-            if name is not None:
-                attempt("unpin", lambda index=slot.index, name=name: self._unname(  # type: ignore[misc]
-                    index, f"{NETNS_DIRECTORY}/{name}"))
-            attempt("unpin", lambda index=slot.index: namespace_thread.unpin(self._pin(index)))  # type: ignore[misc]
+            attempt("unpin", partial(self._unpin, slot.index, netns))
         if errors:
             raise ExceptionGroup("unwire", errors)
+
+    def _unpin(self, index: int, netns: str | None) -> None:
+        """Remove a slot's name, and then its pin: without that nobody would know any more that the name is ours."""
+        name = netns if netns != "" else self._name_of(index)
+        if name is not None:
+            self._unname(index, f"{NETNS_DIRECTORY}/{name}")
+        namespace_thread.unpin(self._pin(index))
 
     def _unlink_from_host(self, slot: Slot) -> None:
         namespace_thread.leave(self._thread.host_fd)
