@@ -306,7 +306,7 @@ class Firewall(Protocol):
         ...
 
     def is_listening(self, protocol: str, port: int) -> bool:
-        """Whether a socket of the host has that port already."""
+        """Whether a socket of the host has that port already. Raises KernelError."""
         ...
 
 

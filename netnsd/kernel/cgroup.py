@@ -68,7 +68,7 @@ class CgroupTree:
         task_status.started()
         while True:
             await trio.lowlevel.wait_readable(self._inotify)
-            with contextlib.suppress(BlockingIOError):
+            with contextlib.suppress(OSError):  # what could not be read now is read the next time
                 self._wake(os.read(self._inotify, 65536))
 
     def _wake(self, news: bytes) -> None:
@@ -127,23 +127,11 @@ class CgroupTree:
 
     def signal(self, path: str, signal: int) -> None:
         """Send ``signal`` to each process in the group and below it. Raises KernelError."""
-        for directory in _groups(self.path(path)):
-            handles: dict[int, int] = {}
-            try:
-                for pid in _members(directory):
-                    with contextlib.suppress(OSError):
-                        handles[pid] = os.pidfd_open(pid)
-                # A pid that is still listed is, by its handle, a process of this group, and not one that got the
-                # number of a process that ended in between.
-                for pid in _members(directory):
-                    if pid in handles:
-                        with contextlib.suppress(ProcessLookupError):
-                            signals.pidfd_send_signal(handles[pid], signal)
-            except OSError as error:
-                raise KernelError.at("signal", error) from error
-            finally:
-                for handle in handles.values():
-                    os.close(handle)
+        try:
+            for directory in _groups(self.path(path)):
+                _signal(directory, signal)
+        except OSError as error:
+            raise KernelError.at("signal", error) from error
 
     async def empty(self, path: str) -> None:
         """Return when no process lives in the group or below it; at once where there is no such group."""
@@ -197,12 +185,31 @@ class CgroupTree:
         raise KernelError.at("cgroup", last)
 
     def observe(self) -> list[str]:
-        """The names of the groups directly below the root."""
+        """The names of the groups directly below the root. Raises KernelError."""
         try:
             with os.scandir(self.root) as entries:
                 return sorted(entry.name for entry in entries if entry.is_dir(follow_symlinks=False))
         except FileNotFoundError:
             return []
+        except OSError as error:
+            raise KernelError.at("cgroup", error) from error
+
+
+def _signal(directory: str, signal: int) -> None:
+    handles: dict[int, int] = {}
+    try:
+        for pid in _members(directory):
+            with contextlib.suppress(OSError):
+                handles[pid] = os.pidfd_open(pid)
+        # A pid that is still listed is, by its handle, a process of this group, and not one that got the number of a
+        # process that ended in between.
+        for pid in _members(directory):
+            if pid in handles:
+                with contextlib.suppress(ProcessLookupError):
+                    signals.pidfd_send_signal(handles[pid], signal)
+    finally:
+        for handle in handles.values():
+            os.close(handle)
 
 
 def _groups(directory: str) -> Iterator[str]:

@@ -112,7 +112,10 @@ class EnvironmentFiles:
 
     def observe(self) -> set[str]:
         """See ``core.interfaces.Files``."""
-        return set(_entries(self._names)) | set(_entries(self._logs))
+        try:
+            return set(_entries(self._names)) | set(_entries(self._logs))
+        except OSError as error:
+            raise KernelError.at("files", error) from error
 
     def cap_logs(self) -> int:
         """Punch out the heads of logs that take too much disk. Returns how many grew beyond half of their bound."""

@@ -190,7 +190,10 @@ class NftFirewall:
 
     def is_listening(self, protocol: str, port: int) -> bool:
         """See ``core.interfaces.Firewall``."""
-        return sockets.is_listening(protocol, port)
+        try:
+            return sockets.is_listening(protocol, port)
+        except OSError as error:
+            raise KernelError.at("port", error) from error
 
     def _in_turn(self, change: Callable[[], T]) -> Callable[[], T]:
         def locked() -> T:

@@ -180,11 +180,15 @@ class LauncherProcesses:
                     failure = StageError(stage, error.errno or 0, path)
                     raise _launch_failed(failure.message, failure.hint, stage, failure.errno_name) from error
                 undo.callback(os.close, fds[-1])
-            fds.append(os.dup(borrowed))
-            undo.callback(os.close, fds[-1])
-            if len(order) > _messages.MAX_ENCLOSED_BYTES:
-                fds.append(sealed_memfd(order))
-                order = b""
+            try:
+                fds.append(os.dup(borrowed))
+                undo.callback(os.close, fds[-1])
+                if len(order) > _messages.MAX_ENCLOSED_BYTES:
+                    fds.append(sealed_memfd(order))
+                    order = b""
+            except OSError as error:
+                failure = StageError("stdio", error.errno or 0)
+                raise _launch_failed(failure.message, failure.hint, "stdio", failure.errno_name) from error
             undo.pop_all()
         return fds, {"launch_id": launch.launch_id}, order
 
@@ -313,7 +317,8 @@ class LauncherProcesses:
                                 os.close(fd)
                 except BlockingIOError:
                     continue
-                except (ConnectionError, ValueError, KeyError):  # a peer that does not speak as we do is lost too
+                # A peer that does not speak as we do is lost too, and so is one whose words cannot be taken (ENOMEM).
+                except (OSError, ValueError, KeyError):
                     nursery.cancel_scope.cancel()
                     return
 

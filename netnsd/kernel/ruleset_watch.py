@@ -6,7 +6,6 @@ What we change ourselves does not even wake the daemon: the kernel drops it by i
 from __future__ import annotations
 
 import ctypes
-import errno
 import socket
 import struct
 from collections.abc import AsyncGenerator, Iterable
@@ -71,11 +70,8 @@ class RulesetWatch:
                 data = self._socket.recv(1 << 16)
             except BlockingIOError:
                 return found
-            except OSError as error:
-                if error.errno != errno.ENOBUFS:
-                    raise
-                found = True
-                continue
+            except OSError:  # ENOBUFS: news was lost; out of memory, it may have been
+                return True
             offset = 0
             while not found and offset + _HEADER.size <= len(data):
                 length, kind, *_ = _HEADER.unpack_from(data, offset)
