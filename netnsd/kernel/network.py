@@ -138,7 +138,7 @@ class KernelNetwork:
             _make_mount(self._pins, libc.MS_PRIVATE)
             # No row tells of a name that somebody was about to give to what has another.
             for name in os.listdir(NETNS_DIRECTORY):
-                status = _inode(f"{NETNS_DIRECTORY}/{name}")
+                status = survey.inode(f"{NETNS_DIRECTORY}/{name}")
                 if status is not None and namespace_thread.is_half_made(status):
                     namespace_thread.unpin(f"{NETNS_DIRECTORY}/{name}")
             self._route = rtnetlink.RouteSocket()

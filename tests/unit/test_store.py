@@ -162,7 +162,7 @@ class FullAtCommit:
     def __init__(self, db: sqlite3.Connection, *, ends: bool) -> None:
         self._db, self._ends = db, ends
 
-    def execute(self, statement: str, *values: object) -> sqlite3.Cursor:
+    def execute(self, statement: str, *values: Any) -> sqlite3.Cursor:
         if statement == "COMMIT":
             if self._ends:
                 self._db.execute("ROLLBACK")
