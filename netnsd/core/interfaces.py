@@ -116,6 +116,14 @@ class Cgroups(Protocol):
         """Return when no process lives in the group or below it."""
         ...
 
+    async def exit_code(self, path: str, pid: int) -> int | None:
+        """Return when a process of the group has ended, with its code as ``Exited`` has it.
+
+        At once, and None, where it is no process of the group; None where the kernel does not tell codes of processes
+        that nobody here started. Raises KernelError.
+        """
+        ...
+
     async def remove(self, path: str) -> None:
         """Kill what lives in the group (cgroup.kill), wait for its end, and remove it and what is below it."""
         ...

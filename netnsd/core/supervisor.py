@@ -135,7 +135,7 @@ class Supervisor:
             self._save(environment, before)
             raise
         if losses != self._losses:  # who started it may be gone, and its end not be told
-            self._watch(environment, environment.services[service.name])
+            self._watch(environment, environment.services[service.name], pid)
         self._tell("started", environment, service.name, pid=pid)
         self._follow(environment, environment.services[service.name])
         if launch_id in self._early:
@@ -202,7 +202,7 @@ class Supervisor:
             if service.launch_id is not None and service.state == "running":
                 self._launches[service.launch_id] = (environment, service.name, trio.current_time())
                 if service.launch_id not in reported:
-                    self._watch(environment, service)
+                    self._watch(environment, service, _of_unknown_end(service))
             if service != before:
                 self._save(environment, service)
             if service.launch_id is not None and service.state != "running":
@@ -253,24 +253,31 @@ class Supervisor:
             self._ended(environment, service)
 
     def _launcher_lost(self) -> None:
-        """Nobody reports these services' ends any more: their cgroups do, without exit codes."""
+        """Nobody reports these services' ends any more: their cgroups do, and of their codes the kernel may know."""
         self._losses += 1
         self._errands.launcher_lost()
         for environment, name, _since in self._launches.values():
             if environment.services[name].state != "starting":  # its cgroup is empty before its start
-                self._watch(environment, environment.services[name])
+                self._watch(environment, environment.services[name], _of_unknown_end(environment.services[name]))
 
-    def _watch(self, environment: Environment, service: Service) -> None:
+    def _watch(self, environment: Environment, service: Service, first: int | None = None) -> None:
+        """Notice its end by its cgroup. ``first``: the process whose code is the service's, where nobody tells it."""
         assert self._nursery is not None
         if service.launch_id is not None and service.launch_id not in self._watched:
             self._watched.add(service.launch_id)
-            self._nursery.start_soon(self._watch_group, environment, service)
+            self._nursery.start_soon(self._watch_group, environment, service, first)
 
-    async def _watch_group(self, environment: Environment, service: Service) -> None:
+    async def _watch_group(self, environment: Environment, service: Service, first: int | None) -> None:
         assert service.launch_id is not None
+        group, code = group_of(environment.slot, service.name), None
         while True:
             try:
-                await self._a.cgroups.empty(group_of(environment.slot, service.name))
+                if first is not None:
+                    code, first = await self._a.cgroups.exit_code(group, first), None
+                if code is not None:
+                    self._tell_code(environment, service, code, self._a.cgroups.pids(group))
+                    code = None
+                await self._a.cgroups.empty(group)
                 break
             except NetnsdError:  # it cannot be watched now; what it is watched for still comes
                 await trio.sleep(_WATCH_AGAIN_SECONDS)
@@ -278,6 +285,12 @@ class Supervisor:
         current = environment.services[service.name]
         if current.launch_id == service.launch_id and service.launch_id in self._launches:
             self._ended(environment, current)
+
+    def _tell_code(self, environment: Environment, service: Service, code: int, left: list[int]) -> None:
+        """The first process has ended; what is ``left`` of the service serves on, if anything is."""
+        current = environment.services[service.name]
+        if current.launch_id == service.launch_id and service.launch_id in self._launches:
+            self._note(environment, current.changed(exit_code=code, pid=left[0] if left else None))
 
     def _ended(self, environment: Environment, service: Service) -> None:
         assert service.launch_id is not None
@@ -347,6 +360,11 @@ def _after_its_end(environment: Environment, service: Service) -> Service:
     if state != "stopped":
         state = "restarting" if environment.state != "removing" and is_wanted(service) else "exited"
     return service.changed(state=state, pid=None, health=None)
+
+
+def _of_unknown_end(service: Service) -> int | None:
+    """The first process of a service, while nobody knows how that ended."""
+    return service.pid if service.exit_code is None else None
 
 
 def group_of(slot: Slot, service: str) -> str:

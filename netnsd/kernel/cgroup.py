@@ -17,7 +17,7 @@ from collections.abc import Iterator
 import trio
 
 from netnsd.errors import HostUnfit, KernelError
-from netnsd.kernel import libc
+from netnsd.kernel import exit_info, libc
 
 REMOVE_SECONDS = 10.0
 _BUSY_SECONDS = 0.002
@@ -160,6 +160,11 @@ class CgroupTree:
                 del self._waiting[watch], self._watched[watch]
                 with contextlib.suppress(OSError):  # the group is gone, and the watch with it
                     libc.inotify_rm_watch(self._inotify, watch)
+
+    async def exit_code(self, path: str, pid: int) -> int | None:
+        """See ``core.interfaces.Cgroups``."""
+        await trio.lowlevel.checkpoint()
+        return await exit_info.of(pid, lambda: pid in self.pids(path))
 
     async def remove(self, path: str) -> None:
         """Kill what lives in the group, wait for its end, and remove it and what is below it.

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import errno
 import os
-import platform
 import socket
 import stat
 from collections.abc import Callable
@@ -16,7 +15,7 @@ from pyroute2 import IPRoute
 from pyroute2.netlink.exceptions import NetlinkError
 
 from netnsd.errors import HostUnfit, NetnsdError
-from netnsd.kernel import bridges, inner, namespace_thread
+from netnsd.kernel import bridges, exit_info, inner, namespace_thread
 from netnsd.kernel.firewall import rules
 from netnsd.kernel.namespace_thread import NamespaceThread, Priority
 from netnsd.kernel.nft import Nft, NftError
@@ -38,7 +37,7 @@ class Finding:
 
 def features() -> dict[str, bool]:
     """What newer kernels offer, by name."""
-    return {"passrights": _has_passrights(), "pidfd_exit_info": _release() >= (6, 15)}
+    return {"passrights": _has_passrights(), "pidfd_exit_info": exit_info.is_known()}
 
 
 def boot_id() -> str:
@@ -171,11 +170,6 @@ def _has_passrights() -> bool:
                 return False
             raise
     return True
-
-
-def _release() -> tuple[int, int]:
-    major, minor = platform.release().split(".")[:2]
-    return int(major), int(minor)
 
 
 def _filesystem_of(path: str) -> str:

@@ -17,7 +17,10 @@ SIGKILL = 9
 
 
 class FakeCgroups:
-    """Implements ``core.interfaces.Cgroups``. ``died`` is told of each pid that was killed, ``signalled`` keeps."""
+    """Implements ``core.interfaces.Cgroups``. ``killed`` is told of each pid that was killed, ``signalled`` keeps.
+
+    ``codes``: what the kernel tells of processes, by pid; nothing of others.
+    """
 
     def __init__(self) -> None:
         self.groups: dict[str, set[int]] = {}
@@ -25,6 +28,7 @@ class FakeCgroups:
         self.killed: Callable[[int], None] = lambda _pid: None
         self.on_signal: Callable[[int, int], None] = lambda _pid, _signal: None
         self._changed = trio.Event()
+        self.codes: dict[int, int] = {}
 
     async def create(self, path: str) -> None:
         await trio.lowlevel.checkpoint()
@@ -47,6 +51,14 @@ class FakeCgroups:
         await trio.lowlevel.checkpoint()
         while self.populated(path):
             await self._changed.wait()
+
+    async def exit_code(self, path: str, pid: int) -> int | None:
+        await trio.lowlevel.checkpoint()
+        if pid not in self.pids(path):
+            return None
+        while pid in self.pids(path):
+            await self._changed.wait()
+        return self.codes.get(pid)
 
     async def remove(self, path: str) -> None:
         await trio.lowlevel.checkpoint()

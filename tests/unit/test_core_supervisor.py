@@ -82,7 +82,9 @@ async def test_what_put_itself_in_the_background_runs_until_its_cgroup_is_empty(
         assert (stored(world).state, stored(world).exit_code) == ("exited", 0)
 
 
-async def test_without_its_launcher_a_service_goes_on_and_loses_its_code_alone(tmp_path: Path) -> None:
+@pytest.mark.parametrize("code", [None, 0, 7])
+async def test_without_its_launcher_a_service_goes_on_and_has_the_code_that_the_kernel_tells(
+        tmp_path: Path, code: int | None) -> None:
     world = World(tmp_path)
     async with world.running():
         pid = (await make(world)).services["s0"].pid
@@ -90,10 +92,36 @@ async def test_without_its_launcher_a_service_goes_on_and_loses_its_code_alone(t
         world.processes.lose_launcher()
         await settled()
         assert stored(world).state == "running"
+        world.cgroups.codes = {} if code is None else {pid: code}
         world.cgroups.leave(pid)
         await settled()
-        assert (stored(world).state, stored(world).exit_code) == ("exited", None)
+        assert (stored(world).state, stored(world).exit_code) == ("exited", code)
         assert world.kinds().count("ended") == 1
+
+
+@pytest.mark.parametrize("told", ["by the launcher", "by the kernel"])
+async def test_the_code_of_a_service_is_its_first_process_s_whoever_tells_it(tmp_path: Path, told: str) -> None:
+    world = World(tmp_path)
+    async with world.running():
+        service = (await make(world)).services["s0"]
+        assert service.launch_id is not None
+        assert service.pid is not None
+        if told == "by the launcher":
+            world.processes.end(service.launch_id, 3, leaving=[5001])
+            await settled()
+            world.processes.lose_launcher()
+        else:
+            world.processes.lose_launcher()
+            world.cgroups.join("nd0/s-s0", 5001)
+            await settled()
+            world.cgroups.codes = {service.pid: 3}
+            world.cgroups.leave(service.pid)
+        await settled()
+        assert (stored(world).state, stored(world).exit_code, stored(world).pid) == ("running", 3, 5001)
+        world.cgroups.codes[5001] = 99
+        world.cgroups.leave(5001)
+        await settled()
+        assert (stored(world).state, stored(world).exit_code) == ("exited", 3)
 
 
 async def test_a_launcher_that_is_lost_during_a_start_leaves_a_service_that_is_watched(tmp_path: Path) -> None:
@@ -234,7 +262,7 @@ async def test_a_full_disk_does_not_lose_an_end(tmp_path: Path) -> None:
         assert launch in world.processes.acknowledged
 
 
-@pytest.mark.parametrize("meanwhile", ["nothing", "ended", "daemonised", "launcher lost", "killed"])
+@pytest.mark.parametrize("meanwhile", ["nothing", "ended", "daemonised", "launcher lost", "kernel tells", "killed"])
 async def test_a_restart_of_the_daemon_interrupts_no_service(tmp_path: Path, meanwhile: str) -> None:
     world = World(tmp_path)
     async with world.running():
@@ -247,7 +275,7 @@ async def test_a_restart_of_the_daemon_interrupts_no_service(tmp_path: Path, mea
             world.processes.end(launch, 4)
         case "daemonised":
             world.processes.end(launch, 0, leaving=[5001])
-        case "launcher lost":
+        case "launcher lost" | "kernel tells":
             world.processes.lose_launcher()
         case "killed":
             world.processes.lose_launcher()
@@ -255,16 +283,19 @@ async def test_a_restart_of_the_daemon_interrupts_no_service(tmp_path: Path, mea
     async with world.running():
         await settled()
         expected = {"nothing": ("running", pid, None), "ended": ("exited", None, 4), "daemonised": ("running", pid, 0),
-                    "launcher lost": ("running", pid, None), "killed": ("exited", None, None)}[meanwhile]
+                    "launcher lost": ("running", pid, None), "kernel tells": ("running", pid, None),
+                    "killed": ("exited", None, None)}[meanwhile]
         assert (stored(world).state, stored(world).pid, stored(world).exit_code) == expected
         assert world.held()["published"]
         if expected[0] == "running":
             world.processes.end(launch, 6) if meanwhile == "nothing" else None
+            world.cgroups.codes = {pid: 9} if meanwhile == "kernel tells" else {}
             for left in world.cgroups.pids(""):
                 world.cgroups.leave(left)
             await settled()
             assert stored(world).state == "exited"
-            assert stored(world).exit_code == {"nothing": 6, "daemonised": 0, "launcher lost": None}[meanwhile]
+            assert stored(world).exit_code == {
+                "nothing": 6, "daemonised": 0, "launcher lost": None, "kernel tells": 9}[meanwhile]
 
 
 async def test_what_a_killed_daemon_left_half_made_is_undone_and_the_rest_is_kept(tmp_path: Path) -> None:
