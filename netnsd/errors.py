@@ -195,6 +195,12 @@ class LaunchFailed(NetnsdError):
     code, status, exit_code = "launch_failed", 422, EXIT_FAILURE
 
 
+class LimitUnavailable(NetnsdError):
+    """The host has no controller for a limit that was asked for. Details: which limit. Leave it out, or enable it."""
+
+    code, status, exit_code = "limit_unavailable", 422, EXIT_FAILURE
+
+
 class KernelError(NetnsdError):
     """The kernel refused a step. Details: the stage and the errno's name. What was made was undone."""
 

@@ -188,6 +188,7 @@ class Environments:
                     is_warm: bool) -> Environment:
         """``wired`` is called when the kernel's part is done, and only servers are to be started."""
         try:
+            self._a.cgroups.require(blueprint.resources)
             environment = self.registry.reserve(blueprint, actor, slot)
         except BaseException:
             if is_warm:
@@ -273,7 +274,7 @@ class Environments:
             await self._settling.furnish(environment)
             group = f"{environment.slot.cgroup}/{_EXEC_GROUP}"
             await self._a.cgroups.create(group)
-            launch = self._supervisor.launch_of(environment, command, group, uuid.uuid4().hex)
+            launch = self._supervisor.launching.launch_of(environment, command, group, uuid.uuid4().hex)
             return await self._a.processes.attach(replace(launch, tty=request.tty), connection)
 
     async def changed(self) -> None:

@@ -6,16 +6,12 @@ import os
 import uuid
 from collections.abc import Callable
 from contextlib import AbstractAsyncContextManager
-from typing import TYPE_CHECKING
 
 import trio
 
 from netnsd.core.environment import Command, Environment
-from netnsd.core.interfaces import Exited, Launch
+from netnsd.core.interfaces import Adapters, Exited, Launch
 from netnsd.errors import LauncherUnavailable
-
-if TYPE_CHECKING:
-    from netnsd.core.interfaces import Adapters
 
 # Builds what the launcher is told: environment, command, group, launch id, and a descriptor for its output.
 LaunchOf = Callable[[Environment, Command, str, str, int], Launch]

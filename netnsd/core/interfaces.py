@@ -9,6 +9,7 @@ from typing import Any, Protocol
 
 import trio
 
+from netnsd import wire
 from netnsd.core.addressing import Bridge, Slot
 from netnsd.core.environment import Environment, Service, Template
 
@@ -19,6 +20,7 @@ class Launch:
 
     ``launch_id`` names this start for ever: exit reports carry it. ``limits`` are soft limits by lower-case name
     (``nofile``), -1 for unlimited; ``hard_limits`` bound them. ``cgroup`` is relative to netnsd's cgroup root.
+    ``joins`` are groups of other hierarchies that it is to be in too, as absolute paths.
     ``log_fd`` is open for append, or None where the command gets its descriptors from a client (attach).
     """
 
@@ -40,6 +42,7 @@ class Launch:
     log_fd: int | None = None
     tty: bool = False
     hard_limits: dict[str, int] = field(default_factory=dict)
+    joins: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -98,6 +101,17 @@ class Cgroups(Protocol):
 
     async def create(self, path: str) -> None:
         """Make the group and its parents. An existing one is fine."""
+        ...
+
+    def require(self, resources: wire.Resources) -> None:
+        """Raise LimitUnavailable where this host cannot limit what is to be limited."""
+        ...
+
+    def limit(self, path: str, resources: wire.Resources) -> tuple[str, ...]:
+        """Limit what lives in a group directly below the root; returns what else its commands must join.
+
+        May be done again. Raises LimitUnavailable, KernelError.
+        """
         ...
 
     def pids(self, path: str) -> list[int]:

@@ -27,6 +27,14 @@ def pause(tries: int) -> float:
     return float(min(FIRST_PAUSE_SECONDS * 2 ** min(tries, 16), LONGEST_PAUSE_SECONDS))
 
 
+def after_its_end(environment: Environment, service: Service) -> Service:
+    """What a service is once nothing of it runs: stopped where somebody did that, to be started again, or neither."""
+    state = service.state
+    if state != "stopped":
+        state = "restarting" if environment.state != "removing" and is_wanted(service) else "exited"
+    return service.changed(state=state, pid=None, health=None)
+
+
 class Restarts:
     """Restarts that are to come.
 

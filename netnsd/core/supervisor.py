@@ -17,11 +17,12 @@ from typing import TYPE_CHECKING
 import trio
 
 from netnsd import wire
-from netnsd.core.environment import ALIVE, Command, Environment, Service
+from netnsd.core.environment import ALIVE, Environment, Service
 from netnsd.core.errands import Errands
 from netnsd.core.health import Health
-from netnsd.core.interfaces import Exited, Launch
-from netnsd.core.restarts import CALM_SECONDS, Restarts, is_wanted, pause
+from netnsd.core.interfaces import Exited
+from netnsd.core.launching import Launching
+from netnsd.core.restarts import CALM_SECONDS, Restarts, after_its_end, pause
 from netnsd.errors import NetnsdError, StoreError
 
 if TYPE_CHECKING:
@@ -45,11 +46,11 @@ class Supervisor:
                  furnish: Callable[[Environment], Awaitable[None]]) -> None:
         self._a = adapters
         self._emit = emit
-        self._hard_limits = hard_limits
+        self.launching = Launching(adapters, hard_limits)
         self._turn = turn
         self._furnish = furnish
         self._restarts = Restarts(self._start_again, self._restart_failed)
-        self._errands = Errands(adapters, turn, self.launch_of)
+        self._errands = Errands(adapters, turn, self.launching.launch_of)
         self._health = Health(adapters.probes, self._errands, self._judged)
         # Environment, service, and since when it runs.
         self._launches: dict[str, tuple[Environment, str, float]] = {}
@@ -120,7 +121,7 @@ class Supervisor:
             log = self._a.files.open_log(environment, service.name)
             try:
                 pid = await self._a.processes.launch(
-                    self.launch_of(environment, service.command, group, launch_id, log))
+                    self.launching.launch_of(environment, service.command, group, launch_id, log))
             finally:
                 os.close(log)
             self._launches[launch_id] = (environment, service.name, trio.current_time())
@@ -175,17 +176,6 @@ class Supervisor:
             while service.launch_id in self._launches:
                 await self.changed()
 
-    def launch_of(self, environment: Environment, command: Command, group: str, launch_id: str,
-                  log_fd: int | None = None) -> Launch:
-        """What the launcher is told to start ``command`` in ``environment``."""
-        hosts, resolv = self._a.files.furnish(environment)
-        return Launch(
-            launch_id=launch_id, netns=environment.netns_path, cgroup=group, hostname=environment.name,
-            argv=command.argv, env={**_conveniences(environment), **command.env, **_facts(environment)},
-            cwd=command.cwd, uid=command.uid, gid=command.gid, groups=command.groups, umask=command.umask,
-            limits=command.limits, hard_limits=self._hard_limits, setuid=command.setuid, hosts_file=hosts,
-            resolv_file=resolv, log_fd=log_fd)
-
     # -- ends ---------------------------------------------------------------------------------------------------
 
     def adopt(self, environment: Environment, services: dict[str, Service], reported: AbstractSet[str]) -> None:
@@ -196,7 +186,7 @@ class Supervisor:
         for found in services.values():
             before, service = environment.services[found.name], found
             if before.state in ("starting", "running") and service.state == "exited":
-                service = _after_its_end(environment, service)
+                service = after_its_end(environment, service)
             if service.state == "running" and service.check is not None and service.health is None:
                 service = service.changed(health="starting")
             if service.launch_id is not None and service.state == "running":
@@ -298,7 +288,7 @@ class Supervisor:
         self._health.forget(service.launch_id)
         if trio.current_time() - since >= CALM_SECONDS:
             service = service.changed(tries=0)
-        service = _after_its_end(environment, service)
+        service = after_its_end(environment, service)
         if self._note(environment, service):
             self._a.processes.acknowledge(service.launch_id or "")
         self._tell("ended", environment, service.name, exit_code=service.exit_code)
@@ -354,14 +344,6 @@ def seen_by(environment: Environment) -> int:
     return 0 if environment.stock else environment.uid
 
 
-def _after_its_end(environment: Environment, service: Service) -> Service:
-    """What a service is once nothing of it runs: stopped where somebody did that, to be started again, or neither."""
-    state = service.state
-    if state != "stopped":
-        state = "restarting" if environment.state != "removing" and is_wanted(service) else "exited"
-    return service.changed(state=state, pid=None, health=None)
-
-
 def _of_unknown_end(service: Service) -> int | None:
     """The first process of a service, while nobody knows how that ended."""
     return service.pid if service.exit_code is None else None
@@ -371,20 +353,3 @@ def group_of(slot: Slot, service: str) -> str:
     """The cgroup of a service, relative to netnsd's root."""
     # A prefix keeps services apart from the group of commands that users run (``exec``).
     return f"{slot.cgroup}/s-{service}"
-
-
-def _conveniences(environment: Environment) -> dict[str, str]:
-    """Variables that many servers read; the client's own values win."""
-    variables = {"HOST": "0.0.0.0"}  # inside the namespace, where only the owner reaches it
-    tcp = [p for p in environment.ports if p.protocol == "tcp"]
-    if tcp:
-        variables["PORT"] = str(tcp[0].port)
-    return variables
-
-
-def _facts(environment: Environment) -> dict[str, str]:
-    variables = {"NETNSD_NAME": environment.name, "NETNSD_ID": environment.id, "NETNSD_IP": environment.slot.address}
-    tcp = [p for p in environment.ports if p.protocol == "tcp"]
-    if tcp:
-        variables["NETNSD_URL"] = f"http://localhost:{tcp[0].published}/"
-    return variables

@@ -56,6 +56,7 @@ class Templates:
     def __init__(self, environments: Environments, adapters: Adapters, account: Account, emit: Emit) -> None:
         self._environments = environments
         self._store = adapters.store
+        self._cgroups = adapters.cgroups
         self._clock = adapters.clock
         self._account = account
         self._emit = emit
@@ -82,7 +83,8 @@ class Templates:
         if not 0 <= request.warm <= MOST_WARM:
             raise InvalidRequest(f"warm {request.warm} is not from 0 to {MOST_WARM}", hint="0 keeps none.")
         # What could not be created is not kept.
-        Blueprint.of(_created(request.specification), actor, self._environments.settings)
+        wanted = Blueprint.of(_created(request.specification), actor, self._environments.settings)
+        self._cgroups.require(wanted.resources)
         existing = self._own(actor.uid, name)
         if existing is not None and not request.replace:
             raise NameTaken(f"you have a template {name!r} already", hint="Choose another name, or pass --replace.",

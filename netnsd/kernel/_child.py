@@ -167,6 +167,12 @@ class Child:
         self._handles = Handles(self._handles.cgroup, *fds)
         self._order = Order(order)
 
+    def _join_limits(self) -> None:
+        """Groups of v1, whose limits count from here on. While it is root's: their files are."""
+        for group in self._order.joins:
+            procs = os.open(os.path.join(group, "cgroup.procs"), os.O_WRONLY | os.O_CLOEXEC)
+            os.write(procs, b"0")
+
     def _rehearse(self) -> None:
         """Do what changes nothing for root: the pages that this writes to are the child's own, then, when it counts."""
         self._order = Order(_REHEARSAL)
@@ -341,6 +347,7 @@ _STEPS = (
     ("session", Child._leave_launcher),
     ("cgroup", Child._join_cgroup),
     ("order", Child._await_order),
+    ("cgroup", Child._join_limits),
     ("chdir", Child._enter_directory),
     ("setns", Child._enter_network),
     ("mounts", Child._make_mounts),

@@ -64,6 +64,7 @@ _HINTS = {
     ("exec", errno.ENOEXEC): "A script needs a first line such as #!/bin/sh.",
     ("exec", errno.E2BIG): "Arguments and variables together are too large.",
     ("exec", errno.EAGAIN): "The user has as many processes as its limit allows.",
+    ("fork", errno.EAGAIN): "The environment, or the host, has as many processes as its limit allows.",
     ("limits", 0): "Limits are named as in `ulimit`'s system calls: nofile, nproc, core ...",
     ("mounts", 0): "`netnsctl doctor` checks what this host lacks.",
 }
@@ -75,7 +76,8 @@ class Order:
     Raises StageError for a limit that does not exist, ValueError for anything else malformed.
     """
 
-    __slots__ = ("argv", "cwd", "env", "gid", "groups", "hard_limits", "hostname", "hosts_file", "limits",
+    __slots__ = ("argv", "cwd", "env", "gid", "groups", "hard_limits", "hostname", "hosts_file", "joins",
+                 "limits",
                  "resolv_file", "setuid", "tty", "uid", "umask")
 
     def __init__(self, data: bytes) -> None:
@@ -95,6 +97,7 @@ class Order:
             self.resolv_file = None if fields["resolv_file"] is None else _text(fields["resolv_file"])
             self.hostname = _text(fields["hostname"])
             self.tty = bool(fields["tty"])
+            self.joins = [_text(group) for group in fields.get("joins", ())]  # an earlier daemon knows none
         except (KeyError, TypeError, AttributeError, RecursionError) as error:
             raise ValueError(f"malformed order: {error!r}") from error
         if not self.argv:

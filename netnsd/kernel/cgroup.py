@@ -16,8 +16,10 @@ from collections.abc import Iterator
 
 import trio
 
+from netnsd import wire
 from netnsd.errors import HostUnfit, KernelError
 from netnsd.kernel import exit_info, libc
+from netnsd.kernel.limits import PidsLimit
 
 REMOVE_SECONDS = 10.0
 _BUSY_SECONDS = 0.002
@@ -47,7 +49,9 @@ class CgroupTree:
     """
 
     def __init__(self, name: str, mount: str | None = None) -> None:
-        self.root = os.path.join(mount or find_cgroup2(), name)
+        mount = mount or find_cgroup2()
+        self.root = os.path.join(mount, name)
+        self._limits = PidsLimit(self.root, mount)
         self._inotify = libc.inotify_init1(libc.IN_NONBLOCK | libc.IN_CLOEXEC)
         self._waiting: dict[int, set[trio.Event]] = {}
         self._watched: dict[int, str] = {}
@@ -62,6 +66,7 @@ class CgroupTree:
         """Remove the root itself; it stays where anything is in it."""
         with contextlib.suppress(OSError):
             os.rmdir(self.root)
+        self._limits.remove_root()
 
     async def run(self, *, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
         """Read the kernel's news until cancelled."""
@@ -107,6 +112,15 @@ class CgroupTree:
                 os.makedirs(directory, exist_ok=True)
         except OSError as error:
             raise KernelError.at("cgroup", error) from error
+
+    def require(self, resources: wire.Resources) -> None:
+        """See ``core.interfaces.Cgroups``."""
+        if resources.pids is not None:
+            self._limits.require()
+
+    def limit(self, path: str, resources: wire.Resources) -> tuple[str, ...]:
+        """See ``core.interfaces.Cgroups``."""
+        return () if resources.pids is None else self._limits.apply(path, resources.pids)
 
     def pids(self, path: str) -> list[int]:
         """The processes in the group and below it, lowest first; empty where there is no such group."""
@@ -171,6 +185,11 @@ class CgroupTree:
 
         Raises KernelError when that takes longer than ``REMOVE_SECONDS`` (a process in uninterruptible sleep).
         """
+        await self._remove(path)
+        if "/" not in path and path:
+            await self._limits.remove(path)
+
+    async def _remove(self, path: str) -> None:
         directory = self.path(path)
         if not os.path.isdir(directory):  # noqa: ASYNC240  # the kernel's, and in memory
             await trio.lowlevel.checkpoint_if_cancelled()
@@ -192,12 +211,12 @@ class CgroupTree:
     def observe(self) -> list[str]:
         """The names of the groups directly below the root. Raises KernelError."""
         try:
-            with os.scandir(self.root) as entries:
-                return sorted(entry.name for entry in entries if entry.is_dir(follow_symlinks=False))
-        except FileNotFoundError:
-            return []
+            found = self._limits.observe()
+            with contextlib.suppress(FileNotFoundError), os.scandir(self.root) as entries:
+                found += [entry.name for entry in entries if entry.is_dir(follow_symlinks=False)]
         except OSError as error:
             raise KernelError.at("cgroup", error) from error
+        return sorted(set(found))
 
 
 def _signal(directory: str, signal: int) -> None:

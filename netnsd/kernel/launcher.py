@@ -246,7 +246,7 @@ class Launcher:
         self._post(request.connection, encode(kind, request.number, body), fd)
 
     def _hello(self, request: Request) -> None:
-        self._answer(Kind.HELLO, request, {"protocol": PROTOCOL, "pid": os.getpid()})
+        self._answer(Kind.HELLO, request, {"protocol": PROTOCOL, "pid": os.getpid(), "joins": True})
         for launch_id, code in self._exits.items():
             self._tell_exit(launch_id, code)
 

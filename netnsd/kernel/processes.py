@@ -72,6 +72,7 @@ class LauncherProcesses:
         self._has_unsent = trio.Event()
         self._socket: socket.socket | None = None
         self._launcher_pid: int | None = None
+        self._joins = False
         self._connected = trio.Event()
         self.launcher_pid: int | None = None
         self._tell_exit, self._exits = trio.open_memory_channel[Exited | None](math.inf)
@@ -162,11 +163,14 @@ class LauncherProcesses:
 
     def _order(self, launch: Launch, borrowed: int) -> tuple[list[int], dict[str, Any], bytes]:
         """Of one start: the cgroup, the namespace, and the log or connection; the message; and what goes with it."""
+        if launch.joins and not self._joins:
+            raise LauncherUnavailable("the launcher that runs is of an earlier version, and does not know limits",
+                                      hint="Restart it (systemctl restart netnsd-launcher): servers go on.")
         order = json.dumps({
             "argv": launch.argv, "env": launch.env, "cwd": launch.cwd, "uid": launch.uid, "gid": launch.gid,
             "groups": launch.groups, "umask": launch.umask, "limits": launch.limits, "hard_limits": launch.hard_limits,
             "setuid": launch.setuid, "hosts_file": launch.hosts_file, "resolv_file": launch.resolv_file,
-            "hostname": launch.hostname, "tty": launch.tty,
+            "hostname": launch.hostname, "tty": launch.tty, "joins": launch.joins,
         }).encode()
         with contextlib.ExitStack() as undo:
             fds: list[int] = []
@@ -370,6 +374,7 @@ class LauncherProcesses:
             raise LauncherUnavailable(f"the launcher at {self._socket_path} refused: {body.get('message')}",
                                       hint="It may be of another version: it ends on SIGTERM, and servers go on.")
         self.launcher_pid = body.get("pid")
+        self._joins = bool(body.get("joins"))
         return sock
 
     async def _start(self) -> None:

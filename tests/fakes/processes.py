@@ -10,8 +10,9 @@ from collections.abc import Callable, Iterator, Sequence
 import trio
 import trio.testing
 
+from netnsd import wire
 from netnsd.core.interfaces import Cgroups, Exited, Launch, Processes, Running
-from netnsd.errors import LaunchFailed
+from netnsd.errors import LaunchFailed, LimitUnavailable
 
 SIGKILL = 9
 
@@ -29,12 +30,25 @@ class FakeCgroups:
         self.on_signal: Callable[[int, int], None] = lambda _pid, _signal: None
         self._changed = trio.Event()
         self.codes: dict[int, int] = {}
+        self.can_limit = True
+        self.limited: dict[str, int] = {}
 
     async def create(self, path: str) -> None:
         await trio.lowlevel.checkpoint()
         parts = path.split("/")
         for end in range(1, len(parts) + 1):
             self.groups.setdefault("/".join(parts[:end]), set())
+
+    def require(self, resources: wire.Resources) -> None:
+        if resources.pids is not None and not self.can_limit:
+            raise LimitUnavailable("this host cannot limit processes", limit="pids")
+
+    def limit(self, path: str, resources: wire.Resources) -> tuple[str, ...]:
+        self.require(resources)
+        if resources.pids is None:
+            return ()
+        self.limited[path] = resources.pids
+        return (f"/fake/pids/{path}",)
 
     def pids(self, path: str) -> list[int]:
         return sorted(pid for group in self._below(path) for pid in self.groups[group])
@@ -65,6 +79,7 @@ class FakeCgroups:
         pids = self.pids(path)
         for group in list(self._below(path)):
             del self.groups[group]
+        self.limited.pop(path, None)
         self._pulse()
         for pid in pids:
             self.killed(pid)

@@ -101,6 +101,7 @@ class World:
             "owners": set(self.firewall.owners),
             "published": dict(self.firewall.published),
             "cgroups": sorted(self.cgroups.groups),
+            "limits": dict(self.cgroups.limited),
             "processes": dict(self.processes.running),
             "files": self.files.observe(),
             "logs": [fd for fd in self.files.descriptors if _is_open(fd)],

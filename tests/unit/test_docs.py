@@ -19,7 +19,7 @@ import netnsd
 from netnsd import errors, wire
 from netnsd.api.routes import ROUTES
 from netnsd.client import app, session, streams, transport
-from netnsd.core import specification, supervisor, templates
+from netnsd.core import launching, specification, templates
 from netnsd.core.addressing import Plan
 from netnsd.core.environment import Environment, PublishedPort
 from netnsd.daemon import main as daemon
@@ -146,7 +146,7 @@ def test_variables_that_a_server_finds_are_documented_and_no_other() -> None:
     environment = Environment(
         id="i", name="n", uid=1, user="u", slot=Plan("10.0.0.0/16", 250).slot(0), netns="n", labels={}, share="owner",
         created_at="", boot_id="", ports=(PublishedPort(3000, "tcp", 20000),))
-    given = {**supervisor._conveniences(environment), **supervisor._facts(environment)}
+    given = {**launching.conveniences(environment), **launching.facts(environment)}
     documented = unique([code(row[0]) for row in rows(section("### Environment, directory, limits"))])
     assert documented == set(given)
 
