@@ -8,7 +8,15 @@ from __future__ import annotations
 import os
 
 from netnsd.client.session import Session, session_of
-from netnsd.errors import InvalidCommand, InvalidLabel, InvalidName, InvalidPort, InvalidVariable, NetnsdError
+from netnsd.errors import (
+    InvalidCommand,
+    InvalidLabel,
+    InvalidName,
+    InvalidPort,
+    InvalidRequest,
+    InvalidVariable,
+    NetnsdError,
+)
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -103,6 +111,28 @@ def parse_variables(texts: Iterable[str]) -> dict[str, str]:
                                   hint="write K=V, in UTF-8, with a name that is not empty.")
         variables[name] = value
     return variables
+
+
+RESTART_POLICIES = ("no", "on-failure", "always")
+_HEALTH_HINT = "write tcp:PORT, http:PORT/PATH or cmd:COMMAND, such as http:3000/healthz."
+
+
+def parse_health(text: str, **numbers: float | None) -> dict[str, Any]:
+    """``tcp:PORT``, ``http:PORT[/PATH]`` or ``cmd:COMMAND`` (for a shell) as the API's health check.
+
+    ``numbers`` are its other fields, None for the default. Raises InvalidRequest, InvalidPort.
+    """
+    kind, colon, what = text.partition(":")
+    if not colon or not what or kind not in ("tcp", "http", "cmd") or not is_text(text):
+        raise InvalidRequest(f"health check {text!r} is malformed", hint=_HEALTH_HINT)
+    if kind == "tcp":
+        check: dict[str, Any] = {"tcp": _port_number(what, text)}
+    elif kind == "http":
+        port, slash, path = what.partition("/")
+        check = {"http": slash + path or "/", "port": _port_number(port, text)}
+    else:
+        check = {"command": ["sh", "-c", what]}
+    return check | {name: number for name, number in numbers.items() if number is not None}
 
 
 # A server is told these of its own environment: the caller's, perhaps from inside another one, would mislead it.

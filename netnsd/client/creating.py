@@ -8,7 +8,7 @@ from typing import Any
 import click
 
 from netnsd.client.app import CommandVerb
-from netnsd.client.arguments import complete_templates, seconds
+from netnsd.client.arguments import RESTART_POLICIES, complete_templates, seconds
 from netnsd.client.creation import WAIT_SECONDS, create, misuse
 from netnsd.client.session import session_of
 
@@ -23,6 +23,18 @@ def specification_options(verb: Callable[..., Any]) -> Callable[..., Any]:
         click.option("--cwd", metavar="DIR", help="Run the command there (default: here)."),
         click.option("-l", "--label", "labels", multiple=True, metavar="K=V", help="Attach a label; repeatable."),
         click.option("--setuid", is_flag=True, help="Let set-uid programs such as sudo work in it."),
+        click.option("--restart", type=click.Choice(RESTART_POLICIES), metavar="POLICY",
+                     help="Start a server again that ended by itself: no (default), on-failure or always."),
+        click.option("--health", metavar="CHECK",
+                     help="How to find out whether it works: tcp:PORT, http:PORT/PATH or cmd:COMMAND."),
+        click.option("--health-interval", type=seconds, metavar="SECONDS", help="Between two checks (default: 10)."),
+        click.option("--health-timeout", type=seconds, metavar="SECONDS", help="Of one check (default: 5)."),
+        click.option("--health-retries", type=click.IntRange(min=1), metavar="N",
+                     help="So many failures in a row make it unhealthy (default: 3)."),
+        click.option("--health-start-period", type=seconds, metavar="SECONDS",
+                     help="In which failures do not count (default: 30)."),
+        click.option("--pids", type=click.IntRange(min=1), metavar="N",
+                     help="At most so many processes and threads at once."),
     )):
         verb = option(verb)
     return verb
@@ -33,6 +45,7 @@ Examples:
   netnsctl create web --port 3000 -- npm run dev
   netnsctl create web --port 20007:3000 --port 53/udp --wait -- ./server
   netnsctl create db --env PGDATA=/srv/db --cwd /srv --label team=shop -- postgres
+  netnsctl create api --restart on-failure --health http:3000/healthz --wait -- ./api
   netnsctl create lab
   netnsctl create web --replace -o name -- python3 -m http.server
   netnsctl create worker --count 20 --label job=7 -- ./worker
@@ -42,7 +55,7 @@ Examples:
 @click.option("--template", metavar="NAME", shell_complete=complete_templates,
               help="Make what that template holds; one that is warm is there at once.")
 @click.option("--count", type=click.IntRange(min=1), metavar="N", help="So many, called NAME-1 to NAME-N: all or none.")
-@click.option("--wait", "waits", is_flag=True, help="Return when every port has a listener.")
+@click.option("--wait", "waits", is_flag=True, help="Return when every port has a listener, and it is healthy.")
 @click.option("--timeout", type=seconds, metavar="SECONDS", help=f"How long --wait waits (default: {WAIT_SECONDS:g}).")
 @click.option("--replace", is_flag=True, help="Remove your environment of that name first.")
 @click.pass_context

@@ -11,6 +11,7 @@ from netnsd.client.arguments import (
     circumstances,
     directory,
     is_text,
+    parse_health,
     parse_labels,
     parse_ports,
     parse_variables,
@@ -23,6 +24,9 @@ if TYPE_CHECKING:
     from typing import Any
 
 WAIT_SECONDS = 60.0
+_OF_SERVERS = (("--restart", "restart"), ("--health", "health"), ("--health-interval", "health_interval"),
+               ("--health-timeout", "health_timeout"), ("--health-retries", "health_retries"),
+               ("--health-start-period", "health_start_period"))
 
 
 def misuse(command: list[str], options: dict[str, Any]) -> str:
@@ -32,10 +36,21 @@ def misuse(command: list[str], options: dict[str, Any]) -> str:
     if options["template"] is not None:
         given = [name for name, key in (("--port", "ports"), ("--env", "env"), ("--clean-env", "clean_env"),
                                         ("--setuid", "setuid")) if options[key]]
-        given += ["--cwd"] if options["cwd"] is not None else []
+        given += [name for name, key in (("--cwd", "cwd"), ("--pids", "pids"), *_OF_SERVERS)
+                  if options[key] is not None]
         given += ["a command"] if command else []
         if given:
             return f"the template says it all: leave out {', '.join(given)}."
+    return misuse_of_servers(command, options)
+
+
+def misuse_of_servers(command: list[str], options: dict[str, Any]) -> str:
+    """Why these options are about no server, or no check of it; empty where they are."""
+    given = [name for name, key in _OF_SERVERS if options[key] is not None]
+    if given and not command:
+        return f"{given[0]} is about a server: give a command."
+    if options["health"] is None and given and given[-1] != "--restart":
+        return f"{given[-1]} says how --health is done: pass both."
     return ""
 
 
@@ -62,9 +77,19 @@ def create(session: Session, command: list[str], *, name: str, waits: bool, time
 
 
 def specification(session: Session, command: list[str], *, ports: tuple[str, ...], env: tuple[str, ...],
-                  clean_env: bool, cwd: str | None, labels: tuple[str, ...], setuid: bool) -> dict[str, Any]:
+                  clean_env: bool, cwd: str | None, labels: tuple[str, ...], setuid: bool, pids: int | None,
+                  restart: str | None, health: str | None, health_interval: float | None,
+                  health_timeout: float | None, health_retries: int | None,
+                  health_start_period: float | None) -> dict[str, Any]:
     """What an environment is to be, as the API takes it. A command finds its caller's circumstances."""
     wanted: dict[str, Any] = {"ports": parse_ports(ports), "labels": parse_labels(labels), "setuid": setuid}
+    if pids is not None:
+        wanted["resources"] = {"pids": pids}
+    if restart is not None:
+        wanted["restart"] = restart
+    if health is not None:
+        wanted["health"] = parse_health(health, interval_seconds=health_interval, timeout_seconds=health_timeout,
+                                        retries=health_retries, start_period_seconds=health_start_period)
     if command:
         return wanted | {"command": check_command(command)} | circumstances(session, env, clean_env, cwd)
     if cwd is not None:

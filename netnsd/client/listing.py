@@ -49,17 +49,21 @@ def _details(environment: dict[str, Any]) -> str:
     owner = environment["owner"]
     lines = []
     for s in environment["services"]:
-        pid = f" (pid {s['pid']})" if s.get("pid") else ""
+        notes = [f"pid {s['pid']}"] if s.get("pid") else []
+        notes += [f"restart {s['restart']}"] if s.get("restart", "no") != "no" else []
+        notes += [f"restarted {s['restarts']} times"] if s.get("restarts") else []
+        noted = f" ({', '.join(notes)})" if notes else ""
         command = printable(shlex.join(str(c) for c in s["command"]))
         state = render.paint_state(printable(render.service_state(s)), s["state"])
-        lines.append(f"{printable(s['name'])}: {state}{pid}: {command}")
-    created = environment["created_at"]
+        lines.append(f"{printable(s['name'])}: {state}{printable(noted)}: {command}")
+    created, resources = environment["created_at"], environment.get("resources") or {}
     return render.fields([
         ("Name", render.paint(printable(environment["name"]), "bold")),
         ("State", render.paint_state(printable(environment["state"]), environment["state"])),
         ("Address", printable(environment["address"])),
         ("Ports", "\n".join(printable(a) for a in render.addresses(environment)) or "-"),
         ("Services", "\n".join(lines) or "-"),
+        *([("Limits", printable(f"pids {resources['pids']}"))] if resources.get("pids") else []),
         ("Labels", "\n".join(printable(f"{k}={v}") for k, v in environment["labels"].items()) or "-"),
         ("Owner", printable(f"{render.user_name(environment)} ({owner.get('uid', '?')})")),
         ("Share", printable(str(environment.get("share", "-")))),

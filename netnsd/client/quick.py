@@ -28,7 +28,12 @@ _CREATE: dict[str, tuple[str, str | None]] = {
     "-l": ("labels", "many"), "--label": ("labels", "many"), "--cwd": ("cwd", "once"), "--count": ("count", "once"),
     "--template": ("template", "once"), "--timeout": ("timeout", "once"), "--clean-env": ("clean_env", None),
     "--wait": ("waits", None), "--replace": ("replace", None), "--setuid": ("setuid", None),
+    "--restart": ("restart", "once"), "--health": ("health", "once"), "--pids": ("pids", "once"),
+    "--health-interval": ("health_interval", "once"), "--health-timeout": ("health_timeout", "once"),
+    "--health-retries": ("health_retries", "once"), "--health-start-period": ("health_start_period", "once"),
 }
+_COUNTS = ("count", "pids", "health_retries")
+_SECONDS = ("timeout", "health_interval", "health_timeout", "health_start_period")
 OPTIONS = {"ls": _LS, "create": _CREATE}
 _NOTHING = {"once": None, "many": (), None: False}
 
@@ -114,16 +119,18 @@ def _converted(options: dict[str, Any], command: list[str]) -> bool:
     """Make numbers of what is to be numbers. False where click would call something wrong."""
     if "count" not in options:
         return True
-    from netnsd.client.arguments import parse_seconds
+    from netnsd.client.arguments import RESTART_POLICIES, parse_seconds
     from netnsd.client.creation import misuse
 
-    count, timeout = options["count"], options["timeout"]
-    if count is not None:
-        if not (count.isascii() and count.isdigit() and len(count) < 10 and int(count)):
-            return False
-        options["count"] = int(count)
-    if timeout is not None:
-        options["timeout"] = parse_seconds(timeout)
-        if options["timeout"] is None:
-            return False
-    return not misuse(command, options)
+    for name in _COUNTS:
+        count = options[name]
+        if count is not None:
+            if not (count.isascii() and count.isdigit() and len(count) < 10 and int(count)):
+                return False
+            options[name] = int(count)
+    for name in _SECONDS:
+        if options[name] is not None:
+            options[name] = parse_seconds(options[name])
+            if options[name] is None:
+                return False
+    return options["restart"] in (None, *RESTART_POLICIES) and not misuse(command, options)

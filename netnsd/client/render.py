@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 _COLOURS = {"green": "32", "yellow": "33", "red": "31", "dim": "2", "bold": "1"}
 _STATE_COLOURS = {"running": "green", "creating": "yellow", "starting": "yellow", "removing": "red",
-                  "exited": "red", "stopped": "dim"}
+                  "restarting": "yellow", "exited": "red", "stopped": "dim"}
 _ENVIRONMENT_FIELDS = {"id": str, "name": str, "owner": dict, "state": str, "address": str, "ports": list,
                        "services": list, "labels": dict, "created_at": str}
 
@@ -131,9 +131,10 @@ def ports(environment: dict[str, Any]) -> str:
 
 
 def service_state(service: dict[str, Any]) -> str:
-    """``running``, or ``exited 1``."""
-    code = service.get("exit_code")
-    return str(service["state"]) + (f" {code}" if service["state"] == "exited" and code is not None else "")
+    """``running``, ``running (healthy)``, ``exited 1`` or ``restarting 1``."""
+    code, health = service.get("exit_code"), service.get("health")
+    ended = service["state"] in ("exited", "restarting") and code is not None
+    return str(service["state"]) + (f" {code}" if ended else "") + (f" ({health})" if health else "")
 
 
 def services(environment: dict[str, Any]) -> str:
@@ -173,7 +174,8 @@ def overview(environments: list[dict[str, Any]], with_owner: bool) -> str:
         environment = environments[row - 1]
         if column == 1:
             return state_colour(environment["state"])
-        failed = any(s["state"] == "exited" and s.get("exit_code") != 0 for s in environment["services"])
+        failed = any((s["state"] in ("exited", "restarting") and s.get("exit_code") != 0)
+                     or s.get("health") == "unhealthy" for s in environment["services"])
         return "red" if column == 4 and failed else ""
 
     return table(rows, colour)
@@ -186,5 +188,5 @@ def summary(environment: dict[str, Any]) -> str:
     lines = [f"{paint(name, 'bold')} is {paint_state(printable(state), state)} at {address}"]
     lines += [f"  {printable(where)}" for where in addresses(environment)]
     lines += [f"  {printable(s['name'])} {paint_state(printable(service_state(s)), s['state'])}"
-              for s in environment["services"] if s["state"] == "exited"]
+              for s in environment["services"] if s["state"] in ("exited", "restarting")]
     return "\n".join(lines)

@@ -10,7 +10,7 @@ from netnsd.client import render
 from netnsd.client.app import CommandVerb, Verb, VerbGroup
 from netnsd.client.arguments import check_name, complete_templates
 from netnsd.client.creating import specification_options
-from netnsd.client.creation import specification
+from netnsd.client.creation import misuse_of_servers, specification
 from netnsd.client.session import Session, printable, session_of
 from netnsd.client.transport import Client, template_path
 from netnsd.errors import NetnsdError
@@ -45,6 +45,8 @@ def add_verb(ctx: click.Context, /, name: str, warm: int, replace: bool, **optio
     every port with a listener, and the next one is yours at once.
     """
     session = session_of(ctx)
+    if reason := misuse_of_servers(ctx.meta["netnsctl.command"], options):
+        raise click.UsageError(reason, ctx)
     request = {"name": check_name(name), "warm": warm, "replace": replace,
                "specification": specification(session, ctx.meta["netnsctl.command"], **options)}
     _print(session, session.client.request("POST", "/v1/templates", request))

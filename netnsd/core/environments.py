@@ -277,6 +277,11 @@ class Environments:
             launch = self._supervisor.launching.launch_of(environment, command, group, uuid.uuid4().hex)
             return await self._a.processes.attach(replace(launch, tty=request.tty), connection)
 
+    @property
+    def restarts(self) -> int:
+        """How often a service was started again, or was to be, since the daemon's start."""
+        return self._supervisor.restarts
+
     async def changed(self) -> None:
         """Return at the next change of any environment or service."""
         await self._supervisor.changed()

@@ -55,6 +55,7 @@ class Supervisor:
         # Environment, service, and since when it runs.
         self._launches: dict[str, tuple[Environment, str, float]] = {}
         self._early: dict[str, int | None] = {}
+        self.restarts = 0
         self._losses = 0
         self._watched: set[str] = set()
         self._nursery: trio.Nursery | None = None
@@ -97,6 +98,7 @@ class Supervisor:
             service = environment.services[ended.name]
             if service.state != "restarting" or service.launch_id != ended.launch_id:
                 return
+            self.restarts += 1
             await self._furnish(environment)
             service = service.changed(restarts=service.restarts + 1, tries=service.tries + 1)
             await self._launch(environment, service, before=service)

@@ -12,7 +12,7 @@ import resource
 import socket
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import msgspec
 import structlog
@@ -241,7 +241,12 @@ class Node:
                     for state in ("creating", "running", "stopped", "removing")},
             published_ports=service.registry.published, addresses_free=service.registry.addresses_free,
             pools=[views.pool(service.pool), self._templates.pool()], creations_under_way=service.admission.under_way,
-            creations_waiting=service.admission.waiting, creations_refused=service.admission.refused)
+            creations_waiting=service.admission.waiting, creations_refused=service.admission.refused,
+            services={state: sum(s.state == state for e in found for s in e.services.values())
+                      for state in get_args(wire.ServiceState)},
+            health={state: sum(s.health == state for e in found for s in e.services.values())
+                    for state in get_args(wire.HealthState)},
+            restarts=service.restarts)
 
     async def _examine(self) -> list[wire.Check]:
         findings = await host.examine(self._thread, self._config.network.supernet)

@@ -13,7 +13,10 @@ from netnsd import wire
 
 @dataclass(frozen=True, slots=True)
 class Figures:
-    """All figures of one moment. ``states``: environments by state."""
+    """All figures of one moment. ``states``: environments by state; ``services`` and ``health`` likewise.
+
+    ``restarts``: how often a service was started again, since the daemon's start.
+    """
 
     states: dict[str, int]
     published_ports: int
@@ -22,6 +25,9 @@ class Figures:
     creations_under_way: int
     creations_waiting: int
     creations_refused: int
+    services: dict[str, int]
+    health: dict[str, int]
+    restarts: int
 
 
 class Metrics:
@@ -48,10 +54,16 @@ class Metrics:
     def collect(self) -> Iterator[Metric]:
         """What prometheus_client calls for each text."""
         found = self._figures()
-        states = GaugeMetricFamily("netnsd_environments", "Environments, by state", labels=["state"])
-        for state, count in found.states.items():
-            states.add_metric([state], count)
-        yield states
+        for name, meaning, counts in (
+                ("netnsd_environments", "Environments, by state", found.states),
+                ("netnsd_services", "Services, by state", found.services),
+                ("netnsd_service_health", "Services whose health is checked, by what was found", found.health)):
+            states = GaugeMetricFamily(name, meaning, labels=["state"])
+            for state, count in counts.items():
+                states.add_metric([state], count)
+            yield states
+        yield CounterMetricFamily("netnsd_service_restarts", "Starts of services that had ended by themselves",
+                                  found.restarts)
         yield GaugeMetricFamily("netnsd_published_ports", "Host ports that are leased", found.published_ports)
         yield GaugeMetricFamily("netnsd_addresses_free", "Environments that the supernet has room for",
                                 found.addresses_free)

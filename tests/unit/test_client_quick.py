@@ -21,7 +21,8 @@ from tests.unit.fake_daemon import FakeDaemon, Problem
 
 WORDS = ["web", "-", "--", "", "-x", "--help", "-h", "--version", "ls", "create", "json", "nope", "a=b", "3000", "0",
          "7", "-1", "2.5", "nan", "-oname", "-qa", "-aq", "--output=yaml", "--label=", "--count=3", "--port=53/udp",
-         "--wait=1", "-p53", "--all", "--unknown", "--cwd=", "٣", "1_0", " 3"]
+         "--wait=1", "-p53", "--all", "--unknown", "--cwd=", "٣", "1_0", " 3", "always", "tcp:3000",
+         "--restart=on-failure", "--health=http:80/x", "--pids=7", "--health-retries=2", "--health-interval=2.5"]
 OPTIONS = sorted({name for known in quick.OPTIONS.values() for name in known} | {"-o", "--output", "--socket"})
 
 
@@ -46,6 +47,9 @@ def read_by_click(args: list[str]) -> tuple[Any, ...]:
        st.lists(st.sampled_from(WORDS + OPTIONS), max_size=7))
 @example("create", [], ["web", "-p", "3000", "--label", "a=b", "npm", "run", "--", "--wait"])
 @example("create", [], ["--count", "3", "web", "--wait", "--timeout", "2.5", "--", "-x"])
+@example("create", ["--restart", "always"], ["web", "--health", "tcp:80", "--health-interval", "2", "--pids", "9", "x"])
+@example("create", ["--restart", "sometimes"], ["web", "--", "x"])
+@example("create", ["--pids", "0"], ["web", "--health-timeout", "1", "--", "x"])
 @example("ls", ["-o"], ["json", "-l", "a=b", "-l", "c=d", "--output", "name", "-a", "--quiet"])
 def test_it_reads_what_click_reads(verb: str, before: list[str], after: list[str]) -> None:
     for args in ([verb, *before, *after], [*before, *after[:len(before)], verb, *after[len(before):]]):

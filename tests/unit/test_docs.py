@@ -229,7 +229,8 @@ def test_bounds_of_many_and_of_warm_ones_are_documented() -> None:
 def test_every_metric_is_documented_and_no_other() -> None:
     pool = wire.Pool(name="slots", size=0, target=0, ready=0, claimed=0, missed=0, reason="")
     figures = Figures(states={"running": 0}, published_ports=0, addresses_free=0, pools=[pool], creations_under_way=0,
-                      creations_waiting=0, creations_refused=0)
+                      creations_waiting=0, creations_refused=0, services={"running": 0}, health={"healthy": 0},
+                      restarts=0)
     told = set(re.findall(r"(?m)^(netnsd_\w+)", Metrics(lambda: figures).text().decode()))
     paragraph = re.search(r"(?ms)^Metrics: (.*?)\n\n", section("## HTTP API"))
     assert paragraph

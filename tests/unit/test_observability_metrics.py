@@ -15,10 +15,14 @@ from netnsd.observability.metrics import Figures, Metrics
 
 SLOTS = wire.Pool(name="slots", size=8, target=12, ready=5, claimed=100, missed=7, reason="no memory")
 STOCKS = wire.Pool(name="templates", size=3, target=3, ready=2, claimed=1, missed=0, reason="")
-FIGURES = Figures({"creating": 1, "running": 20, "stopped": 3, "removing": 0}, 33, 65000, [SLOTS, STOCKS], 4, 9, 2)
+FIGURES = Figures({"creating": 1, "running": 20, "stopped": 3, "removing": 0}, 33, 65000, [SLOTS, STOCKS], 4, 9, 2,
+                  {"running": 30, "restarting": 1}, {"healthy": 7, "unhealthy": 2}, 55)
 EXPECTED = {
     ("netnsd_environments", "creating"): 1, ("netnsd_environments", "running"): 20,
     ("netnsd_environments", "stopped"): 3, ("netnsd_environments", "removing"): 0,
+    ("netnsd_services", "running"): 30, ("netnsd_services", "restarting"): 1,
+    ("netnsd_service_health", "healthy"): 7, ("netnsd_service_health", "unhealthy"): 2,
+    ("netnsd_service_restarts_total", ""): 55,
     ("netnsd_published_ports", ""): 33, ("netnsd_addresses_free", ""): 65000,
     ("netnsd_pool_size", "slots"): 8, ("netnsd_pool_size", "templates"): 3,
     ("netnsd_pool_target", "slots"): 12, ("netnsd_pool_target", "templates"): 3,
