@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Awaitable, Callable
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import trio
 
@@ -15,6 +15,14 @@ Aim = Literal["ready", "exit", "gone"]
 _FRESH_SECONDS = 0.01
 _MOST_HEARD = 256
 _FIRST_PAUSE_SECONDS, _LONGEST_PAUSE_SECONDS = 0.01, 0.2
+
+
+class _Heard(NamedTuple):
+    """What listened in an environment, as (protocol, port): true ``until`` then, of these launches of its services."""
+
+    until: float
+    launches: tuple[str | None, ...]
+    found: frozenset[tuple[str, int]]
 
 
 class Waits:
@@ -32,7 +40,7 @@ class Waits:
         self._exists = exists
         self._changed = changed
         self._looking = trio.Lock()
-        self._heard: dict[str, tuple[float, frozenset[tuple[str, int]]]] = {}
+        self._heard: dict[str, _Heard] = {}
 
     async def wait(self, environment: Environment, aim: Aim, timeout_seconds: float) -> None:
         """Return when it is ``ready``, its services ended for good (``exit``), or it is ``gone``.
@@ -96,14 +104,16 @@ class Waits:
         async with self._looking:
             seen = self._heard.get(environment.id)
             began = trio.current_time()
-            if seen is None or began > seen[0]:
+            # What listened before a service was started again says nothing of the one that runs now.
+            launches = tuple(s.launch_id for s in environment.services.values())
+            if seen is None or began > seen.until or launches != seen.launches:
                 found = frozenset((x.protocol, x.port) for x in await self._network.listeners(environment.slot))
                 if len(self._heard) >= _MOST_HEARD:
                     self._heard.clear()
                 # An environment with very many sockets is looked at less often.
                 spent = trio.current_time() - began
-                seen = self._heard[environment.id] = (began + max(_FRESH_SECONDS, 5 * spent), found)
-            return seen[1]
+                seen = self._heard[environment.id] = _Heard(began + max(_FRESH_SECONDS, 5 * spent), launches, found)
+            return seen.found
 
     async def _until_exit(self, environment: Environment) -> None:
         while environment.state == "creating" or any(

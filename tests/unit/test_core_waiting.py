@@ -47,6 +47,20 @@ async def test_ready_without_ports_is_at_once_and_fails_when_a_server_ends_first
         assert caught.value.details == {"service": "s0", "exit_code": 7}
 
 
+async def test_a_listener_of_before_the_last_start_makes_nothing_ready(
+    tmp_path: Path, autojump_clock: trio.testing.MockClock
+) -> None:
+    world = World(tmp_path)
+    async with world.running() as environments:
+        environment = await environments.create(request("web", "server", ports=1), ALICE)
+        world.network.listen(environment.slot, "tcp", 3000)
+        await environments.wait(environment, "ready", 5)
+        world.network.heard.clear()
+        await environments.restart(environment, 0)
+        with pytest.raises(WaitTimeout, match="nothing listens on 3000/tcp"):
+            await environments.wait(environment, "ready", 1)
+
+
 async def test_exit_is_when_no_service_runs(tmp_path: Path, autojump_clock: trio.testing.MockClock) -> None:
     world = World(tmp_path)
     async with world.running() as environments:
