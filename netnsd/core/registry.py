@@ -149,8 +149,11 @@ class Registry:
         environment_id = str(uuid.uuid4())
         ports: list[PublishedPort] = []
         try:
-            for wanted in blueprint.ports:
+            # Numbers that are asked for first: a free one could be one of them.
+            for wanted in sorted(blueprint.ports, key=lambda wanted: wanted.publish is None):
                 ports.append(self._lease(wanted, environment_id, actor))  # noqa: PERF401  a failure gives back these
+            order = {(wanted.protocol, wanted.port): place for place, wanted in enumerate(blueprint.ports)}
+            ports.sort(key=lambda port: order[port.protocol, port.port])
             environment = Environment(
                 id=environment_id, name=blueprint.name, uid=actor.uid, user=actor.user, slot=slot, netns=netns,
                 labels=blueprint.labels, share=blueprint.share, created_at=self._clock.now(),

@@ -8,6 +8,7 @@ import pytest
 import trio
 import trio.testing
 
+from netnsd import wire
 from netnsd.core.environment import Environment
 from netnsd.errors import (
     KernelError,
@@ -140,6 +141,14 @@ async def test_name_that_is_taken_by_somebody_elses_namespace_gets_the_users(tmp
         with pytest.raises(NetnsTaken):
             await environments.create(request(), BOB)
         assert len(world.held()["rows"]) == 1
+
+
+async def test_a_free_port_is_none_of_the_numbers_that_are_asked_for_beside_it(tmp_path: Path) -> None:
+    low = 20000
+    asked = [wire.PortRequest(port=80), wire.PortRequest(port=81, publish=low), wire.PortRequest(port=82)]
+    async with World(tmp_path, published_range=(low, low + 2)).running() as environments:
+        environment = await environments.create(wire.CreateRequest(name="web", ports=asked), ALICE)
+        assert [(p.port, p.published) for p in environment.ports] == [(80, low + 1), (81, low), (82, low + 2)]
 
 
 async def test_two_users_may_have_the_same_name(tmp_path: Path) -> None:
