@@ -147,22 +147,20 @@ class Registry:
         """Take a name and ports, and write the intent for ``slot``, which is the caller's. All or nothing."""
         netns = self.free_netns(blueprint.name, actor.uid, actor.user)
         environment_id = str(uuid.uuid4())
-        ports: list[PublishedPort] = []
+        ports: dict[int, PublishedPort] = {}  # by their place in the request
         try:
             # Numbers that are asked for first: a free one could be one of them.
-            for wanted in sorted(blueprint.ports, key=lambda wanted: wanted.publish is None):
-                ports.append(self._lease(wanted, environment_id, actor))  # noqa: PERF401  a failure gives back these
-            order = {(wanted.protocol, wanted.port): place for place, wanted in enumerate(blueprint.ports)}
-            ports.sort(key=lambda port: order[port.protocol, port.port])
+            for place, wanted in sorted(enumerate(blueprint.ports), key=lambda item: item[1].publish is None):
+                ports[place] = self._lease(wanted, environment_id, actor)
             environment = Environment(
                 id=environment_id, name=blueprint.name, uid=actor.uid, user=actor.user, slot=slot, netns=netns,
                 labels=blueprint.labels, share=blueprint.share, created_at=self._clock.now(),
                 boot_id=self._settings.boot_id, stock=blueprint.stock, resources=blueprint.resources,
-                ports=tuple(ports), services=dict(blueprint.services))
+                ports=tuple(ports[place] for place in sorted(ports)), services=dict(blueprint.services))
             with self._store.transaction():
                 self._store.add(environment)
         except BaseException:
-            for port in ports:
+            for port in ports.values():
                 self._ports.release(port.protocol, port.published)
             raise
         self._know(environment)

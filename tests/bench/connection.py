@@ -30,6 +30,11 @@ class RefusedError(AssertionError):
     def __init__(self, request: str, status: int, body: str) -> None:
         super().__init__(f"{request}: {status} {body}")
         self.status = status
+        self.body = body
+
+
+class LostError(AssertionError):
+    """The daemon went away within an answer."""
 
 
 class Connection:
@@ -85,7 +90,7 @@ class Connection:
     def _receive(self) -> bytes:
         data = self._socket.recv(1 << 18)
         if not data:
-            raise AssertionError("the daemon closed the connection")
+            raise LostError("the daemon closed the connection")
         return data
 
 

@@ -17,6 +17,10 @@ from netnsd.errors import KernelError, StoreError
 _NOT_STEPS = frozenset({"exits", "populated", "pids", "acknowledge", "observe", "processes.prepare"})
 
 
+class Killed(BaseException):
+    """The daemon is dead: no step is done any more, of whatever tidies up after others neither."""
+
+
 @dataclass(slots=True)
 class Plan:
     """At which step what happens. ``after``: the step is done first, and then fails or is cancelled."""
@@ -31,13 +35,14 @@ class Plan:
 class Faults:
     """Counts steps while ``armed``; ``steps`` has their names, such as ``network.wire``.
 
-    Steps in ``broken`` fail always, as their protocol says.
+    Steps in ``broken`` fail always, as their protocol says. All raise Killed while ``is_dead``.
     """
 
     steps: list[str] = field(default_factory=list)
     armed: bool = False
     plan: Plan | None = None
     broken: set[str] = field(default_factory=set)
+    is_dead: bool = False
 
     def wrap(self, adapter: Any, name: str) -> Any:
         """``adapter`` with each of its calls a step."""
@@ -68,6 +73,8 @@ class Faults:
 
     def enter(self, step: str) -> Callable[[], None] | None:
         """A step begins; returns what it is to do when it is done."""
+        if self.is_dead:
+            raise Killed(step)
         if step in self.broken:
             failing(step)
         if not self.armed:

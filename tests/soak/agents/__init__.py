@@ -1,0 +1,1 @@
+"""Programs that the soak runs on its hosts, as the users whose clients they are."""
