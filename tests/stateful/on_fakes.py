@@ -201,8 +201,8 @@ class FakeDriver:
             await self._again.wait()
 
     def _app(self, environments: Any) -> Any:
-        async def doctor() -> wire.Doctor:
-            return wire.Doctor(checks=[])
+        async def doctor() -> list[wire.Check]:
+            return []
 
         def info() -> wire.Info:
             raise NotImplementedError
