@@ -283,19 +283,19 @@ def test_namespaces_links_and_tables_of_others_are_untouched_whatever_happens(da
         assert web["netns"] == "/run/netns/web.alice", "the name was taken"
         half = _echoing(daemon, ALICE, "half")
         assert half["netns"] == "/run/netns/half"
-        _echoing(daemon, ALICE, "lost")
+        renamed = _echoing(daemon, ALICE, "renamed")
         daemon.kill()
         # Our names are somebody else's now.
-        for name in ("half", "lost"):
+        for name in ("half", "renamed"):
             host.run(["sh", "-ec", f"ip netns delete {name}; ip netns add {name}"], check=True)
         _change_state(daemon, "UPDATE environments SET state = 'creating' WHERE id = ?", half["id"])
-        taken = [os.stat(host.path(f"/run/netns/{name}")).st_ino for name in ("half", "lost")]
+        taken = [os.stat(host.path(f"/run/netns/{name}")).st_ino for name in ("half", "renamed")]
         daemon.start()
-        assert daemon.ctl_json("ls", user=ALICE) == [web]
-        assert [os.stat(host.path(f"/run/netns/{name}")).st_ino for name in ("half", "lost")] == taken
-        for name in ("half", "lost"):
+        assert daemon.ctl_json("ls", user=ALICE) == [web, {**renamed, "netns": "/run/netns/renamed.alice"}]
+        assert [os.stat(host.path(f"/run/netns/{name}")).st_ino for name in ("half", "renamed")] == taken
+        for name in ("half", "renamed"):
             host.run(["ip", "netns", "delete", name], check=True)
-        daemon.ctl("rm", "web", user=ALICE, check=True)
+        daemon.ctl("rm", "web", "renamed", user=ALICE, check=True)
     assert daemon.stop() == 0
     assert foreign() == before
 
