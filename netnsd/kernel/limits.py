@@ -83,6 +83,7 @@ class PidsLimit:
                         raise KernelError.at("limits", error) from error
                     last = error
                 else:
+                    self.remove_root()
                     return
                 # Who was moved out of the group of cgroup v2 is counted here still.
                 _kill(directory)

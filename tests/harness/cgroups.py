@@ -17,6 +17,11 @@ def cgroup2_mount() -> str:
     raise LookupError("no cgroup2 is mounted: mount -t cgroup2 none /sys/fs/cgroup/unified")
 
 
+def limits_of(name: str) -> str:
+    """Where the groups are that limit processes by cgroup v1, for a daemon whose cgroup is called ``name``."""
+    return f"/sys/fs/cgroup/pids/{name.replace('/', '.')}"
+
+
 def members(path: str) -> list[int]:
     """The processes in the group ``path`` (absolute) and below it, lowest first."""
     pids: list[int] = []

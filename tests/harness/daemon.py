@@ -167,7 +167,9 @@ class Daemon:
             with contextlib.suppress(ProcessLookupError):
                 os.kill(pid, signal.SIGKILL)
         cgroups.kill(self.cgroup)
-        wait_until(lambda: not self.launcher_pids() and cgroups.remove(self.cgroup), what="the end of all servers")
+        limits = cgroups.limits_of(self.host.daemon_cgroup_name)
+        wait_until(lambda: not self.launcher_pids() and cgroups.remove(self.cgroup) and cgroups.remove(limits),
+                   what="the end of all servers")
 
     def _await_ready(self, receiver: socket.socket) -> None:
         assert self.process is not None

@@ -66,7 +66,7 @@ class Snapshot:
             **_network(run),
             mounts=frozenset(_mounts(mountinfo)),
             namespaces=frozenset(_namespaces(ours, mountinfo)),
-            cgroups=frozenset(path for path in _directories(mount) if not _of_another_run(path)),
+            cgroups=frozenset(path for path in (*_directories(mount), *_limiting()) if not _of_another_run(path)),
             processes=frozenset(f"{pid} {_command_line(pid)}" for pid in ours),
             files=frozenset(trees + temporary),
         )
@@ -85,7 +85,8 @@ class Snapshot:
             **_network(run),
             mounts=frozenset(_mounts(mountinfo)),
             namespaces=frozenset(_namespaces([host.host_pid, *pids], mountinfo)),
-            cgroups=frozenset((*_directories(host.cgroup), *_directories(host.daemon_cgroup))),
+            cgroups=frozenset((*_directories(host.cgroup), *_directories(host.daemon_cgroup),
+                               *_directories(cgroups.limits_of(host.daemon_cgroup_name)))),
             processes=frozenset(f"{pid} {_command_line(pid)}" for pid in pids),
             files=frozenset(path for path in files if not path.startswith("/run/harness")),
         )
@@ -229,6 +230,11 @@ def _tree(top: str, depth: int = _TREE_DEPTH) -> list[str]:
 
 def _directories(top: str) -> list[str]:
     return [directory for directory, _, _ in os.walk(top)]
+
+
+def _limiting() -> list[str]:
+    """Groups of cgroup v1 that netnsd made; others make some too."""
+    return [path for path in _directories(cgroups.limits_of("")) if "netnsd" in path]
 
 
 def _of_another_run(path: str) -> bool:

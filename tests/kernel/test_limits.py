@@ -72,8 +72,6 @@ async def test_a_group_of_v1_holds_no_more_than_that_and_goes_with_ours(tree: Cg
         with trio.fail_after(5):
             await tree.remove("nd7")
         process.wait(timeout=5)
-        assert groups_of_v1(tree) == [tree._limits._old_root]
-        tree.remove_root()
         assert groups_of_v1(tree) == []
         nursery.cancel_scope.cancel()
 
