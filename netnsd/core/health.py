@@ -16,6 +16,9 @@ from netnsd.errors import LaunchFailed, NetnsdError, NotFound, WrongState
 # While it may still be starting, who waits for it wants to know soon.
 _FIRST_PAUSE_SECONDS, _LONGEST_PAUSE_SECONDS = 0.1, 1.0
 
+# Looks of one user under way: each may hold a descriptor of the daemon for as long as it may take.
+AT_ONCE = 32
+
 # What was found of a service's launch: the state, and why it is not healthy.
 Found = Callable[[Environment, Service, wire.HealthState, str], None]
 
@@ -68,6 +71,7 @@ class Health:
         self._errands = errands
         self._found = found
         self._scopes: dict[str, trio.CancelScope] = {}
+        self._turns: dict[int, trio.CapacityLimiter] = {}
 
     @property
     def watched(self) -> int:
@@ -108,8 +112,10 @@ class Health:
 
     async def _look(self, environment: Environment, service: Service, check: wire.HealthCheck) -> str:
         """Why it is not healthy; empty where it is. Raises NetnsdError where nobody could find out."""
+        turn = self._turns.setdefault(environment.uid, trio.CapacityLimiter(AT_ONCE))
         try:
-            return await self._attempt(environment, service, check)
+            async with turn:  # the time that a look may take begins only then
+                return await self._attempt(environment, service, check)
         except trio.TooSlowError:
             return f"no answer within {check.timeout_seconds:g} s"
         except LaunchFailed as error:

@@ -96,6 +96,7 @@ class FakeSubjects(Subjects):
     network: FakeNetwork
     firewall: FakeFirewall
     processes: FakeProcesses
+    cgroups: FakeCgroups
 
     @classmethod
     @asynccontextmanager
@@ -129,6 +130,7 @@ class FakeSubjects(Subjects):
         self.firewall.flush()
 
     async def end(self, launch: Launch, pid: int) -> None:
+        self.cgroups.codes[pid] = 137
         self.processes.end(launch.launch_id, 137)
 
 

@@ -5,14 +5,19 @@ from __future__ import annotations
 import os
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
+from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import trio
 
+from netnsd import wire
 from netnsd.core.addressing import Slot
 from netnsd.core.interfaces import Exited, Inspection, Listener, Network, Opening, Publication
 from netnsd.core.reconcile import faults
 from netnsd.errors import KernelError, LaunchFailed, NetnsLost, NetnsTaken
+from netnsd.kernel import exit_info
+from tests.conformance.conftest import IS_REAL
 from tests.conformance.subjects import PLAN, Subjects, environment
 
 WEB, DB, FAR = PLAN.slot(0), PLAN.slot(1), PLAN.slot(251)
@@ -327,6 +332,60 @@ async def test_a_group_that_is_not_there_is_empty(subjects: Subjects) -> None:
     subjects.cgroups.signal("nd7/none", 15)
     with trio.fail_after(2):
         await subjects.cgroups.empty("nd7/none")
+
+
+async def test_the_code_of_a_process_is_told_by_its_group_to_who_asked_before_its_end(subjects: Subjects) -> None:
+    async with place(subjects) as log:
+        launch = subjects.launch(WEB, "web", "exec sleep 60", log)
+        pid = await subjects.processes.launch(launch)
+        await subjects.cgroups.create("nd1")
+        with trio.fail_after(5):
+            assert await subjects.cgroups.exit_code("nd1", pid) is None, "it is no process of that group"
+            async with trio.open_nursery() as nursery:
+                told: list[int | None] = []
+
+                async def ask() -> None:
+                    told.append(await subjects.cgroups.exit_code("nd0/s-main", pid))
+
+                nursery.start_soon(ask)
+                await trio.sleep(0.1)
+                assert told == []
+                await subjects.end(launch, pid)
+            assert told == [137 if not IS_REAL or exit_info.is_known() else None]
+            assert await subjects.cgroups.exit_code("nd0/s-main", pid) is None, "it is no process of any group"
+
+
+async def test_a_limit_may_be_set_again_and_goes_with_its_group(subjects: Subjects) -> None:
+    subjects.cgroups.require(wire.Resources())
+    assert subjects.cgroups.limit("nd0", wire.Resources()) == ()
+    subjects.cgroups.require(wire.Resources(pids=3))
+    async with place(subjects) as log:
+        for _ in range(2):
+            joins = subjects.cgroups.limit("nd0", wire.Resources(pids=3))
+        launch = replace(subjects.launch(WEB, "web", "exec sleep 60", log), joins=joins)
+        pid = await subjects.processes.launch(launch)
+        if IS_REAL:
+            groups = Path(f"/proc/{pid}/cgroup").read_text(encoding="ascii")  # noqa: ASYNC240  # the kernel's
+            assert all(group.partition("/pids/")[2] in groups for group in joins)
+        assert subjects.cgroups.observe() == ["nd0"]
+        with trio.fail_after(5):
+            await subjects.cgroups.remove("nd0")
+        assert subjects.cgroups.observe() == []
+        assert not any(os.path.exists(group) for group in joins)  # noqa: ASYNC240  # in memory
+
+
+# -- Probes -----------------------------------------------------------------------------------------------------
+
+
+async def test_a_look_from_the_host_finds_what_listens_inside(subjects: Subjects) -> None:
+    await subjects.network.wire(WEB, "web")
+    await subjects.network.furnish(WEB, ())
+    await subjects.firewall.open(OPEN_WEB)
+    await subjects.listen(WEB, "tcp", 3000)
+    with trio.fail_after(5):
+        assert await subjects.probes.tcp(WEB.address, 3000) == ""
+        assert await subjects.probes.tcp(WEB.address, 3001) == "port 3001: Connection refused"
+        assert await subjects.probes.http(WEB.address, 3001, "/") == "port 3001: Connection refused"
 
 
 # -- Processes --------------------------------------------------------------------------------------------------

@@ -14,9 +14,9 @@ from hypothesis import strategies as st
 from netnsd import wire
 from netnsd.core import specification, views
 from netnsd.core.environment import Environment, Service
-from netnsd.core.health import Judge
+from netnsd.core.health import AT_ONCE, Judge
 from netnsd.errors import InvalidPort, InvalidRequest, LauncherUnavailable, WaitTimeout
-from tests.fakes.world import ALICE, World
+from tests.fakes.world import ALICE, BOB, World
 
 settled = trio.testing.wait_all_tasks_blocked
 Clock = trio.testing.MockClock
@@ -266,6 +266,25 @@ async def test_a_check_command_that_outlived_its_daemon_is_gone_before_the_next(
         assert old.launch_id not in world.processes.running
         assert old.launch_id in world.processes.acknowledged
         assert len(world.cgroups.pids(old.cgroup)) == 1, "of the next one"
+
+
+async def test_one_users_checks_that_hang_hold_so_many_descriptors_and_no_other_users_checks(
+        tmp_path: Path, autojump_clock: Clock) -> None:
+    world = World(tmp_path)
+    async with world.running() as environments:
+        world.probes.silent = {4000}
+        hanging = [wire.ServiceRequest(name=f"s{number}", command=["server"], health=wire.HealthCheck(
+            tcp=4000, timeout_seconds=3600, start_period_seconds=0)) for number in range(20)]
+        for name in ("one", "two", "three"):
+            await environments.create(wire.CreateRequest(name=name, services=hanging), ALICE)
+        theirs = await environments.create(wire.CreateRequest(name="web", command=["server"], health=TCP), BOB)
+        world.network.listen(theirs.slot, "tcp", 3000)
+        await trio.sleep(100)
+        assert theirs.services["main"].health == "healthy"
+        assert len([look for look in world.probes.looks if look[2] == 4000]) == AT_ONCE
+        await trio.sleep(2 * 3600)
+        assert len({(address, port) for _, address, port, _ in world.probes.looks}) == 4
+        assert len([look for look in world.probes.looks if look[2] == 4000]) >= 60, "the others have their turn"
 
 
 async def test_in_stock_there_is_only_what_is_healthy(tmp_path: Path, autojump_clock: Clock) -> None:
