@@ -31,6 +31,7 @@ class Door:
         self._path = path if passed is None else Path(passed.getsockname())
         self._mode, self._gid = mode, gid
         self._passed = passed
+        self._inode: tuple[int, int] | None = None
         self._listener = passed or self._made()
         self.filters_descriptors = peer.refuse_descriptors(self._listener)
         self._inode = self._seen()
@@ -71,18 +72,21 @@ class Door:
         return made
 
     def _made(self) -> socket.socket:
+        """A socket that is at its path when it is ready: nobody is refused who may connect, nobody let who may not."""
         self._path.parent.mkdir(mode=0o755, parents=True, exist_ok=True)
-        self._path.unlink(missing_ok=True)
+        fresh = self._path.with_name(f"{self._path.name}.new")
+        fresh.unlink(missing_ok=True)
         listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_CLOEXEC)
         try:
-            mask = os.umask(0o777)  # nobody may connect before the mode is set
+            mask = os.umask(0o777)
             try:
-                listener.bind(str(self._path))
+                listener.bind(str(fresh))
             finally:
                 os.umask(mask)
-            os.chown(self._path, 0, self._gid)
-            self._path.chmod(self._mode)
+            os.chown(fresh, 0, self._gid)
+            fresh.chmod(self._mode)
             listener.listen(_BACKLOG)
+            fresh.replace(self._path)
         except BaseException:
             listener.close()
             raise
@@ -91,6 +95,8 @@ class Door:
     def _seen(self) -> tuple[int, int] | None:
         try:
             status = os.stat(self._path)
-        except OSError:
+        except (FileNotFoundError, NotADirectoryError):
             return None
+        except OSError:  # nobody can tell now
+            return self._inode
         return status.st_dev, status.st_ino

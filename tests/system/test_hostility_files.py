@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import os
 import stat
 from collections.abc import Iterator
 
 import pytest
 
 from tests.harness import ALICE, BOB, Daemon, HostNamespace, User, wait_until
+from tests.harness.daemon import program
 from tests.system.api import COMMAND, Api
 from tests.system.clients import Environment, ask, echo_server, inside, is_gone, main_of, nothing_left, published
 
@@ -106,16 +106,16 @@ def test_a_socket_that_is_removed_is_made_anew_with_its_owner_and_mode(daemon: D
 
 
 def test_requests_under_way_do_not_notice_that_the_socket_is_gone(daemon: Daemon) -> None:
-    daemon.create_json("web", *COMMAND, user=ALICE)
-    waits = daemon.host.popen([f"{os.path.dirname(daemon.command[0])}/netnsctl", "wait", "web", "--for", "exit"],
-                              user=ALICE, env={"NETNSD_SOCKET": daemon.socket})
+    daemon.create_json("web", "sh", "-c", "echo one; until [ -e go ]; do sleep 0.02; done; echo two", user=ALICE)
+    follower = daemon.host.popen([program("netnsctl"), "logs", "web", "--follow"], user=ALICE,
+                                 env={"NETNSD_SOCKET": daemon.socket})
+    assert follower.stdout is not None
+    assert follower.stdout.readline() == b"one\n"
     path = daemon.host.path(daemon.socket)
-    wait_until(lambda: daemon.ctl_json("ls", user=ALICE), what="the daemon")
     path.unlink()
     wait_until(path.exists, seconds=SECONDS, what="a new socket")
-    assert waits.poll() is None
-    daemon.ctl("stop", "web", user=ALICE, check=True)
-    assert waits.wait(timeout=SECONDS) is not None
+    daemon.host.write(f"{ALICE.home}/go", "", user=ALICE)
+    assert follower.communicate(timeout=10)[0] == b"two\n"
 
 
 def test_the_launchers_socket_that_is_removed_is_made_anew_and_the_next_daemon_finds_it(daemon: Daemon) -> None:
