@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import math
 import socket
 import sys
 from collections import Counter
@@ -32,6 +33,7 @@ from netnsd.errors import TooManyConnections
 _KEEP_ALIVE_SECONDS = 75.0
 _OUT_OF_DESCRIPTORS = frozenset({errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.ENOBUFS})
 _BREATH_SECONDS = 0.1
+_SILENCE_SECONDS = 60.0  # it may last
 _log = structlog.get_logger()
 
 Handler = Callable[[trio.socket.SocketType, Actor], Awaitable[None]]
@@ -51,6 +53,7 @@ class Gate:
         self._closer = closer
         self._most = connections_per_user
         self._open: Counter[int] = Counter()
+        self._silent_until = -math.inf
 
     async def serve(self, listener: socket.socket, handler: Handler, nursery: trio.Nursery,
                     refused: bytes = b"") -> None:
@@ -61,7 +64,9 @@ class Gate:
                 connection, _ = await accepting.accept()
             except OSError as error:
                 if error.errno in _OUT_OF_DESCRIPTORS:
-                    _log.warning("accept_failed", reason=error.strerror)
+                    if trio.current_time() >= self._silent_until:
+                        _log.warning("accept_failed", reason=error.strerror)
+                        self._silent_until = trio.current_time() + _SILENCE_SECONDS
                     await trio.sleep(_BREATH_SECONDS)
                 elif error.errno != errno.ECONNABORTED:
                     raise

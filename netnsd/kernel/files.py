@@ -120,7 +120,11 @@ class EnvironmentFiles:
     def cap_logs(self) -> int:
         """Punch out the heads of logs that take too much disk. Returns how many grew beyond half of their bound."""
         busy = 0
-        for directory in _entries(self._logs):
+        try:
+            directories = _entries(self._logs)
+        except OSError:  # out of descriptors, say: next time, then
+            return 0
+        for directory in directories:
             # Whatever is wrong with one log must not keep the others from being capped.
             with contextlib.suppress(OSError), os.scandir(self._logs / directory) as logs:
                 for log in logs:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
+import os
 import sys
-from typing import Any
+from typing import Any, BinaryIO, cast
 
 import msgspec
 import structlog
@@ -28,9 +30,27 @@ def configure(level: str) -> None:
         ],
         wrapper_class=structlog.make_filtering_bound_logger(level),
         logger_factory=(structlog.PrintLoggerFactory(sys.stderr) if terminal
-                        else structlog.BytesLoggerFactory(sys.stderr.buffer)),
+                        else structlog.BytesLoggerFactory(cast("BinaryIO", _Lenient(sys.stderr.fileno())))),
         cache_logger_on_first_use=True,
     )
+
+
+class _Lenient:
+    """A descriptor to write lines to. Where it fails (a full disk, a reader that has gone) lines are lost, no more."""
+
+    def __init__(self, descriptor: int) -> None:
+        self._descriptor = descriptor
+
+    def write(self, line: bytes) -> int:
+        """Write what can be written."""
+        rest = line
+        with contextlib.suppress(OSError):
+            while rest:
+                rest = rest[os.write(self._descriptor, rest):]
+        return len(line)
+
+    def flush(self) -> None:
+        """Nothing is kept back."""
 
 
 def _json(entry: Any, **_: Any) -> bytes:
