@@ -5,8 +5,6 @@ Its row says "creating" till then. Should the daemon be killed, the next one fin
 
 from __future__ import annotations
 
-from collections import deque
-
 import trio
 
 from netnsd.core.environment import Environment
@@ -27,7 +25,7 @@ class Settling:
         self._registry = registry
         self._particulars = particulars
         self._quiet = quiet
-        self._unsettled: deque[Environment] = deque()
+        self._unsettled: list[Environment] = []
         self._has_unsettled = trio.Event()
 
     def settle(self, environment: Environment) -> None:
@@ -41,14 +39,14 @@ class Settling:
             await self._has_unsettled.wait()
             self._has_unsettled = trio.Event()
             await self._quiet.wait()
-            ready = [e for e in self._unsettled if e in self._registry and e.state == "ready"]
+            environments, self._unsettled = self._unsettled, []  # what comes meanwhile has a turn of its own
+            ready = [e for e in environments if e in self._registry and e.state == "ready"]
             try:
                 self.write_ready(ready)
             except StoreError as error:
                 for environment in ready:
                     self._particulars.tell("store_failed", environment, reason=error.message)
-            while self._unsettled:
-                environment = self._unsettled.popleft()
+            for environment in environments:
                 await self._furnish_behind(environment)
                 await self._dismiss(environment)
 

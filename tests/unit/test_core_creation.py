@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
@@ -9,7 +10,9 @@ import trio
 import trio.testing
 
 from netnsd import wire
+from netnsd.core.addressing import Slot
 from netnsd.core.environment import Environment
+from netnsd.core.interfaces import Publication
 from netnsd.errors import (
     KernelError,
     LauncherUnavailable,
@@ -20,6 +23,7 @@ from netnsd.errors import (
     StoreError,
     WrongState,
 )
+from tests.fakes import FakeNetwork
 from tests.fakes.faults import cancelling, failing, raising
 from tests.fakes.world import ALICE, BOB, World, request
 
@@ -233,3 +237,25 @@ async def test_what_a_killed_daemon_had_not_furnished_is_furnished_by_the_next(t
         with trio.fail_after(5):
             while made.slot.index not in world.network.furnished:
                 await trio.lowlevel.checkpoint()
+
+
+async def test_what_is_made_while_another_is_furnished_behind_is_written_as_ready_too(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, autojump_clock: trio.testing.MockClock
+) -> None:
+    begun, goes_on = trio.Event(), trio.Event()
+    furnish = FakeNetwork.furnish
+
+    async def slow(self: FakeNetwork, slot: Slot, publications: Sequence[Publication]) -> None:
+        begun.set()
+        await goes_on.wait()
+        await furnish(self, slot, publications)
+
+    monkeypatch.setattr(FakeNetwork, "furnish", slow)
+    world = World(tmp_path)
+    async with world.running() as environments:
+        await environments.create(request("first"), ALICE)
+        await begun.wait()
+        await environments.create(request("second"), ALICE)
+        goes_on.set()
+        await trio.sleep(10)
+        assert {e.name: e.state for e in world.store.environments()} == {"first": "ready", "second": "ready"}
