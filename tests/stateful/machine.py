@@ -17,12 +17,13 @@ from tests.stateful.model import Environment, Model, Port, Service, Template, Wa
 _PATH = "/v1/environments"
 _USERS = st.sampled_from([ALICE, BOB])
 _NAMES = st.sampled_from(["web", "db", "api"])
+_NUMBERED = "web-5"  # is in the way of five called web, when some of them are made already
 _TEMPLATES = st.sampled_from(["shop", "blog"])
 _LABELS = st.sampled_from([(), (("app", "shop"),), (("app", "blog"),), (("app", "shop"), ("tier", "web"))])
 _SERVED = st.sampled_from([(), (("main", model.SLEEPER),), (("main", model.LISTENER),),
                            (("a", model.SLEEPER), ("b", model.BRIEF)), (("a", model.LISTENER), ("b", model.SLEEPER))])
 _UNSTARTABLE = st.just((("main", model.SLEEPER), ("last", model.MISSING)))
-_MOMENTS = st.integers(0, 60)
+_MOMENTS = st.integers(0, 8) | st.integers(0, 60)  # how late; rows are written first
 # Bodies that no creation takes, whatever there is, with the error that each must have.
 _BAD = [
     ({"name": "Web!"}, "invalid_name"), ({"name": ""}, "invalid_name"), ({"name": "-web"}, "invalid_name"),
@@ -67,6 +68,7 @@ class Machine(RuleBasedStateMachine):
         for user in (ALICE, BOB):  # something to work on
             wanted = data.draw(_wanted(self.driver.numbers), label=f"first of {user}'s")
             self._create(user, "web", wanted, self._body("web", wanted, replace=False), replace=False)
+        self._create(ALICE, _NUMBERED, Wanted(), self._body(_NUMBERED, Wanted(), replace=False), replace=False)
 
     # -- making -----------------------------------------------------------------------------------------------------
 
@@ -86,7 +88,7 @@ class Machine(RuleBasedStateMachine):
             self._create(user, name, kept.wanted, body, replace=replace, labels=labels)
             self._claimed(user, name, template)
 
-    @rule(user=_USERS, name=_NAMES, data=st.data(), count=st.integers(1, 3))
+    @rule(user=_USERS, name=st.sampled_from(["web", "db"]), data=st.data(), count=st.sampled_from([2, 5]))
     def create_many(self, user: str, name: str, data: st.DataObject, count: int) -> None:
         wanted = data.draw(_wanted(self.driver.numbers), label="wanted")
         names = [f"{name}-{number}" for number in range(1, count + 1)]
@@ -298,6 +300,14 @@ class Machine(RuleBasedStateMachine):
         if shown is not None:
             self._made(user, name, kept.wanted, shown)
             self._claimed(user, name, template)
+
+    @precondition(lambda self: bool(self.model.templates))
+    @rule(data=st.data(), moment=_MOMENTS)
+    def crash_while_removing_a_template(self, data: st.DataObject, moment: int) -> None:
+        user, name = data.draw(st.sampled_from(sorted(self.model.templates)), label="template")
+        self.driver.crash_during(user, "DELETE", f"/v1/templates/{name}", None, moment)
+        if name not in [t["name"] for t in self._done(user, "GET", "/v1/templates")["templates"]]:
+            del self.model.templates[user, name]
 
     @_HAVE
     @rule(data=st.data(), wait=st.booleans(), moment=_MOMENTS)

@@ -47,7 +47,7 @@ _KILLED = 128 + signal.SIGKILL
 class FakeDriver:
     """Implements ``driver.Driver``. Close it, or use it as a context."""
 
-    numbers = (20000, 20059)
+    numbers = (20000, 20199)
 
     def __init__(self) -> None:
         self._directory: Path | None = None

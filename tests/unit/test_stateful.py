@@ -10,7 +10,7 @@ from tests.stateful.machine import on
 from tests.stateful.on_fakes import FakeDriver
 
 # The same ones in each run: the soak draws others.
-SETTINGS = settings(max_examples=60, stateful_step_count=30, deadline=None, derandomize=True, database=None,
+SETTINGS = settings(max_examples=50, stateful_step_count=30, deadline=None, derandomize=True, database=None,
                     suppress_health_check=list(HealthCheck))
 
 
