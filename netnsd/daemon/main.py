@@ -6,10 +6,12 @@ import os
 import platform
 import signal
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import NoReturn
 
 import click
+import msgspec
 import structlog
 import trio
 
@@ -31,21 +33,28 @@ def main() -> None:
     """Hand out network namespaces with servers in them, to many users of one host."""
 
 
+def _places(command: Callable[..., None]) -> Callable[..., None]:
+    """Add the options that say where things are."""
+    for option in (
+        click.option("--state-dir", type=click.Path(path_type=Path), default=Path("/var/lib/netnsd"),
+                     show_default=True, metavar="DIR", help="The state file and logs."),
+        click.option("--runtime-dir", type=click.Path(path_type=Path), default=Path("/run/netnsd"), show_default=True,
+                     metavar="DIR", help="Sockets and pins; gone after a reboot."),
+        click.option("--config", "file", type=click.Path(path_type=Path), metavar="FILE",
+                     help="Configuration (TOML). Default: /etc/netnsd/netnsd.toml where it exists."),
+    ):
+        command = option(command)
+    return command
+
+
 @main.command()
-@click.option("--config", "file", type=click.Path(path_type=Path), metavar="FILE",
-              help="Configuration (TOML). Default: /etc/netnsd/netnsd.toml where it exists.")
-@click.option("--runtime-dir", type=click.Path(path_type=Path), default=Path("/run/netnsd"), show_default=True,
-              metavar="DIR", help="Sockets and pins; gone after a reboot.")
-@click.option("--state-dir", type=click.Path(path_type=Path), default=Path("/var/lib/netnsd"), show_default=True,
-              metavar="DIR", help="The state file and logs.")
+@_places
 @click.option("--external-launcher", is_flag=True,
               help="Neither start nor end the launcher: a unit of its own does, and holds its socket.")
 def serve(file: Path | None, runtime_dir: Path, state_dir: Path, *, external_launcher: bool) -> None:
     """Run the daemon in the foreground. It needs root."""
     try:
-        if os.geteuid() != 0:
-            raise NotRoot("netnsd serve needs root: it makes network namespaces and starts servers as their owners",
-                          hint="sudo netnsd serve, or systemctl start netnsd.")
+        _require_root("serve")
         config = configuration.load(file, os.environ)
         logs.configure(config.daemon.log_level)
         notifier, passed = Notifier(os.environ), listening_sockets(os.environ)
@@ -55,6 +64,24 @@ def serve(file: Path | None, runtime_dir: Path, state_dir: Path, *, external_lau
         # The thread that wires needs the interpreter between any two system calls, and would wait up to 5 ms for it.
         sys.setswitchinterval(_SWITCH_SECONDS)
         trio.run(_run, node, notifier, config.daemon.grace_seconds)
+    except (NetnsdError, BaseExceptionGroup) as error:
+        _fail(error)
+
+
+@main.command()
+@_places
+def dismantle(file: Path | None, runtime_dir: Path, state_dir: Path) -> None:
+    """Remove every environment and all else of netnsd's from the kernel, while no daemon runs. It needs root.
+
+    Templates stay in the state file.
+    """
+    try:
+        _require_root("dismantle")
+        config = configuration.load(file, os.environ)
+        config = msgspec.structs.replace(config, pool=configuration.Pool(size=0, most=0))
+        logs.configure(config.daemon.log_level)
+        node = Node(config, runtime_dir.absolute(), state_dir.absolute(), {}, starts_launcher=True, dismantles=True)
+        trio.run(node.run)
     except (NetnsdError, BaseExceptionGroup) as error:
         _fail(error)
 
@@ -91,6 +118,12 @@ async def _watchdog(notifier: Notifier, every_seconds: float) -> None:
     while True:
         notifier.send("WATCHDOG=1")
         await trio.sleep(every_seconds)
+
+
+def _require_root(verb: str) -> None:
+    if os.geteuid() != 0:
+        raise NotRoot(f"netnsd {verb} needs root: it makes network namespaces and starts servers as their owners",
+                      hint=f"sudo netnsd {verb}" + (", or systemctl start netnsd." if verb == "serve" else "."))
 
 
 def _fail(error: BaseException) -> NoReturn:

@@ -33,7 +33,7 @@ from netnsd.core.registry import Settings
 from netnsd.core.templates import Templates
 from netnsd.daemon.config import Config
 from netnsd.daemon.doors import Door
-from netnsd.errors import ConfigError, HostUnfit, NetnsdError, SupernetConflict
+from netnsd.errors import ConfigError, HostUnfit, KernelError, NetnsdError, SupernetConflict
 from netnsd.kernel import bridges, host, logfile, loss_watch
 from netnsd.kernel.cgroup import CgroupTree
 from netnsd.kernel.files import EnvironmentFiles
@@ -74,16 +74,18 @@ class Node:
         runtime, state: absolute directories; made when missing.
         passed: listening sockets from systemd, by name.
         starts_launcher: whether the launcher is started here where none answers, and ended when nothing is left.
+        dismantles: whether everything is removed, instead of served.
     """
 
     environments: Environments
 
     def __init__(self, config: Config, runtime: Path, state: Path, passed: dict[str, socket.socket], *,
-                 starts_launcher: bool) -> None:
+                 starts_launcher: bool, dismantles: bool = False) -> None:
         self._config = config
         self._runtime, self._state = runtime, state
         self._passed = passed
         self._starts_launcher = starts_launcher
+        self._dismantles = dismantles
         self._clock = UtcClock()
         self._started_at = self._clock.now()
         self._events = EventLog(self._clock.now)
@@ -95,14 +97,15 @@ class Node:
         self._ended = trio.Event()
 
     async def run(self, *, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
-        """Work until cancelled; started when clients can connect."""
+        """Work until cancelled, or until everything is removed; started when clients can connect."""
         self._runtime.mkdir(mode=0o755, parents=True, exist_ok=True)
         plan = self._config.plan
         with contextlib.closing(SqliteStore(self._state, plan)) as store, NamespaceThread() as thread:
             self._thread = thread
             supernet = self._config.network.supernet
             host.require(await host.examine(thread, supernet))
-            await self._require_free_supernet(thread)
+            if not self._dismantles:
+                await self._require_free_supernet(thread)
             network = KernelNetwork(thread, self._runtime, self._config.network.mtu)
             forwarding = bridges.Forwarding(self._runtime / "forwarding")
             firewall = NftFirewall(thread, supernet, self._config.network.flows, forwarding)
@@ -130,15 +133,14 @@ class Node:
                     async with trio.open_nursery() as nursery:
                         self._scope = nursery.cancel_scope
                         await nursery.start(self.environments.run)
-                        await nursery.start(self._templates.run)
-                        nursery.start_soon(self._look_after_logs, files)
-                        nursery.start_soon(self._look_after_files, store, files, processes)
-                        nursery.start_soon(self._check_now_and_then)
-                        nursery.start_soon(self._watch_rules, watch, firewall)
-                        nursery.start_soon(self._watch_links)
-                        nursery.start_soon(self._watch_names)
-                        await self._open_sockets(nursery, files)
-                        task_status.started()
+                        if self._dismantles:
+                            await self._remove_all()
+                            nursery.cancel_scope.cancel()
+                        else:
+                            nursery.start_soon(self._look_after_files, store, files, processes)
+                            nursery.start_soon(self._watch_rules, watch, firewall)
+                            await self._serve(nursery, files)
+                            task_status.started()
                     with trio.move_on_after(self._config.daemon.grace_seconds, shield=True):
                         await self._drain()
                     below.cancel_scope.cancel()
@@ -154,6 +156,21 @@ class Node:
                     await network.close(remove=unused)
                     self._clear_runtime(files, unused=unused)
                 self._ended.set()
+
+    async def _serve(self, nursery: trio.Nursery, files: EnvironmentFiles) -> None:
+        await nursery.start(self._templates.run)
+        nursery.start_soon(self._look_after_logs, files)
+        nursery.start_soon(self._check_now_and_then)
+        nursery.start_soon(self._watch_links)
+        nursery.start_soon(self._watch_names)
+        await self._open_sockets(nursery, files)
+
+    async def _remove_all(self) -> None:
+        """Remove every environment. What belongs to none went when the others were taken over."""
+        failures = await self.environments.remove_many(list(self.environments.registry.all()))
+        if failures:
+            raise KernelError("; ".join(sorted({error.message for error in failures.values()})),
+                              hint="Run it again, or restart the host.")
 
     async def _drain(self) -> None:
         try:
