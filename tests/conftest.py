@@ -18,14 +18,14 @@ settings.register_profile("netnsd", deadline=None)
 settings.load_profile("netnsd")
 
 _HERE = Path(__file__).parent
-_ROOT_DIRECTORIES = (_HERE / "kernel", _HERE / "system")
+_ROOT_DIRECTORIES = (_HERE / "kernel", _HERE / "system", _HERE / "systemd")
 _IS_ROOT = os.geteuid() == 0
 # Long enough for the kernel to destroy a namespace whose last socket had unsent data.
 _LEAK_SECONDS = 15.0
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Whatever lies in tests/kernel or tests/system needs root, and so does what is marked."""
+    """Whatever lies in tests/kernel, tests/system or tests/systemd needs root, and so does what is marked."""
     for item in items:
         if any(directory in item.path.parents for directory in _ROOT_DIRECTORIES):
             item.add_marker("root")

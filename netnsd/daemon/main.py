@@ -79,7 +79,7 @@ def dismantle(file: Path | None, runtime_dir: Path, state_dir: Path) -> None:
         _require_root("dismantle")
         config = configuration.load(file, os.environ)
         config = msgspec.structs.replace(config, pool=configuration.Pool(size=0, most=0))
-        logs.configure(config.daemon.log_level)
+        logs.configure("warning")
         node = Node(config, runtime_dir.absolute(), state_dir.absolute(), {}, starts_launcher=True, dismantles=True)
         trio.run(node.run)
     except (NetnsdError, BaseExceptionGroup) as error:

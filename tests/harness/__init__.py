@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from tests.harness.container import Container
 from tests.harness.daemon import Daemon
 from tests.harness.host import HostNamespace, Place
 from tests.harness.snapshot import RUN_ID, Snapshot, differences, settle
@@ -9,6 +10,6 @@ from tests.harness.users import ALICE, BOB, CAROL, MALLORY, ROOT, USERS, User
 from tests.harness.waiting import DeadlineError, wait_until
 
 __all__ = [
-    "ALICE", "BOB", "CAROL", "MALLORY", "ROOT", "RUN_ID", "USERS", "Daemon", "DeadlineError", "HostNamespace", "Place",
+    "ALICE", "BOB", "CAROL", "MALLORY", "ROOT", "RUN_ID", "USERS", "Container", "Daemon", "DeadlineError", "HostNamespace", "Place",
     "Snapshot", "User", "differences", "settle", "wait_until",
 ]

@@ -6,11 +6,13 @@ the machine's cgroup v2 has no controllers. All of it goes when it is closed, an
 
 from __future__ import annotations
 
+import hashlib
 import itertools
 import json
 import os
 import select
 import socket
+import stat
 import subprocess
 import sys
 import time
@@ -62,6 +64,14 @@ class Container(Place):
         """How the test's own process names ``inside``, an absolute path in the container."""
         return Path(f"/proc/{self.host_pid}/root{inside}")
 
+    def written(self) -> dict[str, str]:
+        """All that is not as on the machine, below no mount of its own: absolute paths, and what is there."""
+        top = f"/proc/{self._holder.pid}/root/run/c/upper"
+        paths = [f"{directory}/{name}".removeprefix(top)
+                 for directory, directories, files in os.walk(top) for name in (*directories, *files)]
+        found = {path: _content(top + path) for path in paths}
+        return {path: content for path, content in found.items() if content != _content(path)}
+
     def systemctl(self, *arguments: str, check: bool = True, timeout: float = 30.0) -> str:
         """Run systemctl; what it printed on stdout."""
         return self.run([tool("systemctl"), *arguments], check=check, timeout=timeout).stdout
@@ -74,6 +84,29 @@ class Container(Place):
         """What the journal has of a unit, oldest first."""
         done = self.run([tool("journalctl"), "--unit", unit, "--output", "json", "--no-pager", *arguments], check=True)
         return [json.loads(line) for line in done.stdout.splitlines()]
+
+    def install(self, checkout: str = INSIDE_CHECKOUT) -> subprocess.CompletedProcess[str]:
+        """Run a checkout's scripts/install, with the wheels that scripts/setup kept; it has no network."""
+        return self.run([f"{checkout}/scripts/install"], check=True, timeout=90,
+                        env={"PIP_NO_INDEX": "1", "PIP_FIND_LINKS": INSIDE_WHEELS})
+
+    def install_quickly(self, kept: Path) -> None:
+        """The same, but the virtual environment, which takes most of it, is made once and copied from ``kept`` then."""
+        if kept.exists():
+            self.run(["mkdir", "-p", "/opt/netnsd"], check=True)
+            _copy(kept, self.path("/opt/netnsd"))
+        self.install()
+        if not kept.exists():
+            _copy(self.path(str(self.path("/opt/netnsd/current").readlink())), kept)
+
+    def ctl(self, *arguments: str, user: User | str | None = None, check: bool = True,
+            timeout: float = 30.0) -> subprocess.CompletedProcess[str]:
+        """Run the installed netnsctl as ``user`` (root by default)."""
+        return self.run(["netnsctl", *arguments], user=user, check=check, timeout=timeout)
+
+    def ctl_json(self, *arguments: str, user: User | str | None = None) -> Any:
+        """The same with ``-o json``; what it printed. Put no ``--`` in."""
+        return json.loads(self.ctl(*arguments, "-o", "json", user=user).stdout)
 
     def drop_in(self, unit: str, text: str) -> None:
         """Write a drop-in for a unit, in place of the one before, and have systemd read it."""
@@ -156,3 +189,21 @@ class Container(Place):
                 self._console += part.decode(errors="replace")
 
 
+
+
+def _copy(source: Path, target: Path) -> None:
+    subprocess.run(["cp", "-a", "--", str(source), str(target)], check=True, timeout=60)
+
+
+def _content(path: str) -> str:
+    """What is at a path, so that two can be compared. An overlay has a device 0:0 for what was removed."""
+    try:
+        status = os.lstat(path)
+        if stat.S_ISLNK(status.st_mode):
+            return f"link to {os.readlink(path)}"
+        if stat.S_ISREG(status.st_mode):
+            with open(path, "rb") as file:
+                return hashlib.file_digest(file, "sha256").hexdigest()
+    except OSError:  # not there, on the machine
+        return ""
+    return "" if stat.S_ISCHR(status.st_mode) and status.st_rdev == 0 else f"{stat.S_IFMT(status.st_mode):o}"

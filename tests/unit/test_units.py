@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import fnmatch
+import json
 import os
 import re
 import shutil
@@ -69,7 +71,11 @@ def test_sockets_are_where_daemon_and_clients_look_for_them(unit: str, key: str,
         assert values(unit, "FileDescriptorName") == [name]
 
 
-@pytest.mark.skipif(shutil.which("systemd-analyze") is None, reason="there is no systemd-analyze")
+needs_systemd_analyze = pytest.mark.skipif(
+    shutil.which("systemd-analyze") is None, reason="there is no systemd-analyze: scripts/setup --test brings it")
+
+
+@needs_systemd_analyze
 def test_systemd_has_nothing_to_say_against_the_units(tmp_path: Path) -> None:
     for unit in UNITS.iterdir():
         text = unit.read_text(encoding="utf-8").replace("ExecStart=netnsd ", f"ExecStart={sys.prefix}/bin/netnsd ")
@@ -81,6 +87,71 @@ def test_systemd_has_nothing_to_say_against_the_units(tmp_path: Path) -> None:
                           check=False, env={**os.environ, "XDG_RUNTIME_DIR": str(runtime)})
     # What is said of the machine's own units is not about ours.
     assert [line for line in done.stderr.splitlines() if "netnsd" in line] == []
+
+
+# -- the daemon's sandbox ---------------------------------------------------------------------------------------
+
+MOST_EXPOSED = 5.0
+
+
+def comments(unit: str) -> str:
+    return "\n".join(line for line in (UNITS / unit).read_text(encoding="utf-8").splitlines() if line.startswith("#"))
+
+
+def exposure(unit: str, *arguments: str) -> str:
+    return subprocess.run(["systemd-analyze", "security", "--offline=true", "--no-pager", *arguments, str(UNITS / unit)],
+                          capture_output=True, text=True, timeout=30, check=True,
+                          env={**os.environ, "SYSTEMD_COLORS": "0"}).stdout
+
+
+@needs_systemd_analyze
+def test_exposure_of_the_daemon_is_bounded() -> None:
+    found = re.search(r"Overall exposure level for netnsd.service: ([0-9.]+) ", exposure("netnsd.service"))
+    assert found is not None
+    assert 0 < float(found[1]) <= MOST_EXPOSED
+
+
+@needs_systemd_analyze
+def test_every_option_that_the_daemons_unit_does_not_set_is_justified_in_it() -> None:
+    rows = json.loads(exposure("netnsd.service", "--json=short"))
+    missing = [row["name"] for row in rows if row["set"] is False]
+    assert len(missing) > 10  # there is no private mount namespace
+    said = comments("netnsd.service")
+    assert [name for name in missing if not is_justified(name, said)] == []
+
+
+def is_justified(name: str, said: str) -> bool:
+    """Whether a comment names the option, or those of its values that the unit leaves on."""
+    option, _, value = name.partition("=~")
+    if not value:  # RootDirectory=/RootImage=
+        return any(part in said for part in re.findall(r"\w+=", name))
+    kept = set(values("netnsd.service", option))
+    prefix, _, alternatives = value.partition("(")
+    patterns = [prefix + one for one in alternatives.rstrip(")").split("|")]
+    found = {word for word in kept for pattern in patterns if fnmatch.fnmatchcase(word, pattern)}
+    return bool(found) and all(re.search(rf"(?m)^#   (?:.*, )?{word}\b.*  \S", said) for word in found)
+
+
+@needs_systemd_analyze
+@pytest.mark.parametrize("name", ["PrivateTmp=", "CapabilityBoundingSet=~CAP_KILL", "SystemCallFilter=~@mount",
+                                  "RestrictAddressFamilies=~AF_(INET|INET6)"])
+def test_an_option_without_a_reason_is_noticed(name: str) -> None:
+    said = comments("netnsd.service")
+    assert is_justified(name, said)
+    silent = [line for line in said.splitlines() if not re.search(r"PrivateTmp|CAP_KILL|@mount|AF_INET", line)]
+    assert not is_justified(name, "\n".join(silent))
+
+
+def test_no_unit_of_ours_has_a_private_mount_namespace() -> None:
+    # systemd.exec(5): each of these implies one.
+    private = re.compile(r"Protect(System|Home|KernelTunables|KernelModules|KernelLogs|ControlGroups|Proc)|ProcSubset|"
+                         r"Private(Tmp|Devices|Mounts|IPC|Users)|\w*Paths|Bind\w*Paths|Root\w+|TemporaryFileSystem|"
+                         r"DynamicUser|MountFlags|MountAPIVFS|LoadCredential|NoExecPaths|ExtensionImages|LogNamespace")
+    for unit in UNITS.glob("*.service"):
+        assert [key for key, _ in lines(unit.name) if private.fullmatch(key)] == []
+
+
+# -- the launcher's socket --------------------------------------------------------------------------------------
 
 
 async def test_launcher_of_systemd_is_not_started_where_none_answers(
