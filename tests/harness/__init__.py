@@ -10,6 +10,6 @@ from tests.harness.users import ALICE, BOB, CAROL, MALLORY, ROOT, USERS, User
 from tests.harness.waiting import DeadlineError, wait_until
 
 __all__ = [
-    "ALICE", "BOB", "CAROL", "MALLORY", "ROOT", "RUN_ID", "USERS", "Container", "Daemon", "DeadlineError", "HostNamespace", "Place",
-    "Snapshot", "User", "differences", "settle", "wait_until",
+    "ALICE", "BOB", "CAROL", "MALLORY", "ROOT", "RUN_ID", "USERS", "Container", "Daemon", "DeadlineError",
+    "HostNamespace", "Place", "Snapshot", "User", "differences", "settle", "wait_until",
 ]

@@ -173,11 +173,11 @@ class Container(Place):
         leader = 0
         deadline = time.monotonic() + _BOOT_SECONDS
         while True:
-            sources = [notify, self._holder.stdout.fileno()]
+            sources = [notify.fileno(), self._holder.stdout.fileno()]
             readable, _, _ = select.select(sources, [], [], max(0.0, deadline - time.monotonic()))
             if not readable:
                 raise AssertionError(f"the container has not booted after {_BOOT_SECONDS} s:\n{self._console}")
-            if notify in readable:
+            if notify.fileno() in readable:
                 lines = notify.recv(4096).decode().splitlines()
                 leader = next((int(line.partition("=")[2]) for line in lines
                                if line.startswith("X_NSPAWN_LEADER_PID=")), leader)

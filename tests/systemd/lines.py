@@ -16,7 +16,7 @@ PORT = 3000
 _SECONDS = 20.0
 
 # Echoes what comes, on any number of connections, and ends on SIGTERM.
-_SERVER = """
+_SERVER = f"""
 import socketserver
 class Echo(socketserver.BaseRequestHandler):
     def handle(self):
@@ -25,8 +25,8 @@ class Echo(socketserver.BaseRequestHandler):
 class Server(socketserver.ThreadingTCPServer):
     allow_reuse_address = True
     daemon_threads = True
-Server(("", %d), Echo).serve_forever()
-""" % PORT
+Server(("", {PORT}), Echo).serve_forever()
+"""
 
 # Asks every 5 ms until its standard input ends; says at the end how often it was answered. Any failure ends it.
 _CLIENT = """

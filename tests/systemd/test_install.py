@@ -109,8 +109,8 @@ def test_users_can_use_what_is_installed_and_upgraded_and_nothing_is_left_of_it(
 
 def newer(host: Container) -> str:
     """A checkout of a later version, of which also a socket's and the servers' unit are others."""
-    host.run(["sh", "-c", f"mkdir {NEWER} && cd {INSIDE_CHECKOUT} && cp -R netnsd scripts systemd pyproject.toml "
-              f"README.md LICENSE {NEWER}"], check=True)
+    parts = "netnsd scripts systemd pyproject.toml README.md LICENSE"
+    host.run(["sh", "-c", f"mkdir {NEWER} && cd {INSIDE_CHECKOUT} && cp -R {parts} {NEWER}"], check=True)
     version = host.path(f"{NEWER}/netnsd/__init__.py")
     version.write_text(re.sub(r'(__version__ = ").*"', r'\g<1>77.0"', version.read_text()))
     for unit in ("netnsd.socket", "netnsd-environments.service"):
@@ -145,8 +145,8 @@ def wait_settled(host: Container, before: dict[str, Any], expected: set[str]) ->
 
 def test_an_installation_by_hand_is_taken_over_and_templates_outlive_their_daemon(
         host: Container, kept: Path) -> None:
-    host.run(["sh", "-c", "mkdir -p /opt/netnsd/bin /opt/netnsd/lib && touch /opt/netnsd/pyvenv.cfg && "
-              "ln -s /opt/netnsd/bin/netnsd /opt/netnsd/bin/netnsctl /usr/local/bin/"], check=True)
+    host.run(["sh", "-c", "mkdir -p /opt/netnsd/bin && touch /opt/netnsd/pyvenv.cfg"], check=True)
+    host.run(["ln", "-s", "/opt/netnsd/bin/netnsd", "/opt/netnsd/bin/netnsctl", "/usr/local/bin/"], check=True)
     host.install_quickly(kept)
     assert sorted(path.name for path in host.path("/opt/netnsd").iterdir())[1:] == ["current"]
     enrol(host, "alice")

@@ -99,8 +99,8 @@ def comments(unit: str) -> str:
 
 
 def exposure(unit: str, *arguments: str) -> str:
-    return subprocess.run(["systemd-analyze", "security", "--offline=true", "--no-pager", *arguments, str(UNITS / unit)],
-                          capture_output=True, text=True, timeout=30, check=True,
+    command = ["systemd-analyze", "security", "--offline=true", "--no-pager", *arguments, str(UNITS / unit)]
+    return subprocess.run(command, capture_output=True, text=True, timeout=30, check=True,
                           env={**os.environ, "SYSTEMD_COLORS": "0"}).stdout
 
 
