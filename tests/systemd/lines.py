@@ -8,6 +8,7 @@ import select
 import subprocess
 from collections.abc import Iterator
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from tests.harness import Container, User
@@ -15,35 +16,8 @@ from tests.harness import Container, User
 PORT = 3000
 _SECONDS = 20.0
 
-# Echoes what comes, on any number of connections, and ends on SIGTERM.
-_SERVER = f"""
-import socketserver
-class Echo(socketserver.BaseRequestHandler):
-    def handle(self):
-        while data := self.request.recv(64):
-            self.request.sendall(data)
-class Server(socketserver.ThreadingTCPServer):
-    allow_reuse_address = True
-    daemon_threads = True
-Server(("", {PORT}), Echo).serve_forever()
-"""
-
-# Asks every 5 ms until its standard input ends; says at the end how often it was answered. Any failure ends it.
-_CLIENT = """
-import select, socket, sys, time
-line = socket.create_connection(("127.0.0.1", int(sys.argv[1])), timeout=10)
-answers, longest = 0, 0.0
-print("connected", flush=True)
-ended = False
-while not ended:  # the last time after the end was asked for
-    ended = bool(select.select([sys.stdin], [], [], 0.005)[0])
-    asked = time.monotonic()
-    line.sendall(b"%08d" % answers)
-    assert line.recv(8, socket.MSG_WAITALL) == b"%08d" % answers, "the connection was closed"
-    longest = max(longest, time.monotonic() - asked)
-    answers += 1
-print(answers, longest)
-"""
+_PROGRAMS = Path(__file__).with_name("programs")
+_SERVER, _CLIENT = ((_PROGRAMS / name).read_text(encoding="utf-8") for name in ("echo.py", "hold.py"))
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,7 +31,8 @@ class Server:
     @classmethod
     def started(cls, container: Container, name: str, user: User) -> Server:
         """Create it, and wait until it listens."""
-        container.ctl("create", name, "--port", str(PORT), "--wait", "--", "python3", "-c", _SERVER, user=user)
+        command = ["python3", "-c", _SERVER, str(PORT)]
+        container.ctl("create", name, "--port", str(PORT), "--wait", "--", *command, user=user)
         return cls(container, name, user)
 
     def shown(self) -> dict[str, Any]:
