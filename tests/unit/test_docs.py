@@ -374,3 +374,12 @@ def test_bounds_of_requests_are_documented() -> None:
     assert f"a head at most {constants['HEAD_BYTES'] >> 10} KiB" in text
     assert constants["BODY_SECONDS"] == constants["HEAD_SECONDS"]
     assert f"within {constants['BODY_SECONDS']:g} seconds" in text
+
+
+def test_every_promise_names_a_test_that_is_there() -> None:
+    promises = rows(section("## What dies, what is promised"))
+    assert len(promises) > 20
+    for _what, _promise, shown_by in promises:
+        file, _, name = code(shown_by).partition("::")
+        tree = ast.parse((CHECKOUT / file).read_text(encoding="utf-8"))
+        assert name in {node.name for node in ast.walk(tree) if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef)}
