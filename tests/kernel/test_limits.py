@@ -152,6 +152,7 @@ def test_where_v2_has_none_v1_is_used(tmp_path: Path, monkeypatch: pytest.Monkey
     limit.require()
     assert limit.apply("nd7", 64) == (str(group),)
     assert (group / "pids.max").read_text() == "64"
+    assert (mount / "cgroup.subtree_control").read_text() == "", "the host's own is the host's"
     assert limit.observe() == ["nd7"]
 
 

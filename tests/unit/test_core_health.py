@@ -187,7 +187,7 @@ async def test_what_nobody_can_tell_says_nothing_of_a_server(tmp_path: Path, aut
 
             world.processes.launch = refuse  # type: ignore[assignment]
             world.processes.end(world.processes.launches[-1].launch_id, 0)
-        await trio.sleep(4 if trouble == "launcher lost" else 30)  # before the next check is too late
+        await trio.sleep(9 if trouble == "launcher lost" else 30)  # before the next check, which would be too late
         assert environment.services["main"].health == "healthy"
 
 
@@ -244,6 +244,63 @@ async def test_checks_go_on_in_the_next_run_of_the_daemon(tmp_path: Path, autoju
         assert stored(world).health == ("unhealthy" if state == "healthy" else "healthy")
         assert len(world.probes.looks) > looks
         assert "started" not in [kind for kind, _, _ in world.events[events:]]
+
+
+async def test_a_daemon_that_starts_does_not_look_at_all_of_them_at_once(tmp_path: Path, autojump_clock: Clock) -> None:
+    world = World(tmp_path)
+    services = [wire.ServiceRequest(name=f"s{number}", command=["server"], health=TCP) for number in range(32)]
+    async with world.running() as environments:
+        environment = await environments.create(wire.CreateRequest(name="web", services=services), ALICE)
+        world.network.listen(environment.slot, "tcp", 3000)
+        await trio.sleep(2)
+        assert {s.health for s in environment.services.values()} == {"healthy"}
+    async with world.running():
+        began, looks = trio.current_time(), len(world.probes.looks)
+        await trio.sleep(9.99)
+        new = [time - began for time, *_ in world.probes.looks[looks:]]
+        assert len(new) == 32
+        assert max(sum(start <= time < start + 1 for time in new) for start in range(10)) < 16
+
+
+async def test_no_check_begins_in_what_is_being_removed(tmp_path: Path, autojump_clock: Clock) -> None:
+    world = World(tmp_path)
+    async with world.running() as environments:
+        environment, create = await make(world, COMMAND), world.cgroups.create
+        await settled()
+        world.processes.end(world.processes.launches[-1].launch_id, 1)
+        made: list[str] = []
+
+        async def recording(path: str) -> None:
+            made.append(path)
+            await create(path)
+
+        remove = world.cgroups.remove
+
+        async def slowly(path: str) -> None:
+            await remove(path)
+            if path == environment.slot.cgroup:
+                await trio.sleep(5)  # in which checks would be due
+
+        world.cgroups.create, world.cgroups.remove = recording, slowly  # type: ignore[method-assign]
+        world.cgroups.killed = lambda _pid: None  # the launcher tells the server's end late
+        await environments.remove(environment)
+        await trio.sleep(30)
+        assert made == []
+        assert {"cgroups", "watched", "errands"}.isdisjoint(world.held())
+
+
+async def test_what_is_found_of_an_earlier_start_is_not_said_of_this_one(tmp_path: Path,
+                                                                        autojump_clock: Clock) -> None:
+    world = World(tmp_path)
+    async with world.running() as environments:
+        environment = await make(world, TCP)
+        before = environment.services["main"]
+        await environments.restart(environment, 0)
+        world.environments._supervisor._judged(environment, before, "healthy", "")
+        assert stored(world).health == "starting"
+        await environments.stop(environment, 0)
+        world.environments._supervisor._judged(environment, environment.services["main"], "healthy", "")
+        assert stored(world).health is None
 
 
 async def test_a_check_command_that_outlived_its_daemon_is_gone_before_the_next(tmp_path: Path,

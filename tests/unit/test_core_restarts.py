@@ -149,6 +149,7 @@ async def test_a_stop_by_hand_ends_it_until_a_start_by_hand(tmp_path: Path, auto
         world.cgroups.create = create  # type: ignore[method-assign]
         assert stored(world).state == "stopped"
         assert environment.shown_state == "stopped"
+        assert not world.environments._supervisor._restarts.pending
         launched = len(world.processes.launches)
         await trio.sleep(120)
         assert stored(world).state == "stopped"
@@ -190,6 +191,46 @@ async def test_a_removal_is_not_kept_waiting_and_leaves_nothing(tmp_path: Path, 
         await trio.sleep(120)
         assert world.held() == {}
         assert world.kinds().count("removed") == 1
+
+
+async def test_a_removal_is_followed_by_no_restart(tmp_path: Path, autojump_clock: Clock) -> None:
+    world = World(tmp_path)
+    async with world.running() as environments:
+        environment = await make(world)
+        await environments.remove(environment)
+        await trio.sleep(120)
+        assert {"restarting", "restart_failed"}.isdisjoint(world.kinds())
+        assert world.held() == {}
+
+
+async def test_a_restart_that_was_due_before_a_start_by_hand_does_not_shorten_the_pause_after_that(
+        tmp_path: Path, autojump_clock: Clock) -> None:
+    world = World(tmp_path)
+    async with world.running() as environments:
+        environment, launch = await make(world), world.processes.launch
+        for _ in range(2):
+            end(world)
+            await trio.sleep(restarts.pause(stored(world).tries) + 0.01)
+        end(world)
+        await settled()
+
+        async def slowly(wanted: Any) -> int:
+            """Has ended when it is told to have started, which the pending restart waits for meanwhile."""
+            await trio.sleep(5)
+            pid = await launch(wanted)
+            world.processes.end(wanted.launch_id, 1)
+            await settled()
+            return pid
+
+        world.processes.launch = slowly  # type: ignore[assignment]
+        await environments.start(environment)
+        world.processes.launch = launch  # type: ignore[method-assign]
+        launched = len(world.processes.launches)
+        assert stored(world).state == "restarting"
+        await trio.sleep(0.05)
+        assert len(world.processes.launches) == launched
+        await trio.sleep(0.1)
+        assert len(world.processes.launches) == launched + 1
 
 
 @pytest.mark.parametrize("kind", [LaunchFailed, KernelError, StoreError])

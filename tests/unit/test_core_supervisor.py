@@ -262,6 +262,23 @@ async def test_a_full_disk_does_not_lose_an_end(tmp_path: Path) -> None:
         assert launch in world.processes.acknowledged
 
 
+async def test_the_code_of_a_first_process_is_kept_by_a_daemon_that_finds_the_launcher_gone(tmp_path: Path) -> None:
+    world = World(tmp_path)
+    async with world.running():
+        launch = (await make(world)).services["s0"].launch_id
+        assert launch is not None
+        world.processes.end(launch, 3, leaving=[5001])
+        await settled()
+    world.processes.lose_launcher()
+    world.cgroups.codes = {5001: 99}
+    async with world.running():
+        await settled()
+        assert (stored(world).state, stored(world).exit_code) == ("running", 3)
+        world.cgroups.leave(5001)
+        await settled()
+        assert (stored(world).state, stored(world).exit_code) == ("exited", 3)
+
+
 @pytest.mark.parametrize("meanwhile", ["nothing", "ended", "daemonised", "launcher lost", "kernel tells", "killed"])
 async def test_a_restart_of_the_daemon_interrupts_no_service(tmp_path: Path, meanwhile: str) -> None:
     world = World(tmp_path)

@@ -231,14 +231,15 @@ def test_a_version_that_was_not_committed_does_not_count(tmp_path: Path) -> None
     made.mkdir()
     SqliteStore(made, PLAN).close()
     with raw(made) as database:
-        database.execute("PRAGMA cache_size = 1")  # what is not committed yet goes to the log at once
         database.execute("BEGIN")
         database.execute("CREATE TABLE large (x)")
         database.execute("PRAGMA user_version = 77")
-        database.executemany("INSERT INTO large VALUES (?)", [("x" * 3000,)] * 200)
+        database.execute("COMMIT")
         leave(made, target)
-        database.execute("ROLLBACK")
-    assert (target / "netnsd.db-wal").stat().st_size > 100_000
+    log = target / "netnsd.db-wal"
+    with pytest.raises(StoreError, match="newer"):
+        SqliteStore(target, PLAN)
+    os.truncate(log, log.stat().st_size - 24 - 4096)  # the last page, which commits; the version is in the first
     with closing(SqliteStore(target, PLAN)) as store:
         assert store.environments() == []
 
