@@ -125,11 +125,9 @@ class SqliteStore:
             try:
                 yield
                 self._db.execute("COMMIT")
-            except BaseException as error:
+            except BaseException:
                 with contextlib.suppress(sqlite3.Error):  # what went wrong first is what matters
                     self._roll_back()
-                if isinstance(error, (sqlite3.Error, StoreError)):
-                    self._make_room()
                 raise
 
     def restore(self) -> bool:
@@ -173,11 +171,6 @@ class SqliteStore:
 
     def _identities(self) -> dict[str, tuple[int, int] | None]:
         return {name: _identity(self._directory / name) for name in (_FILE, *_BESIDE, _LOCK)}
-
-    def _make_room(self) -> None:
-        """Have what is written next begin at the log's start: on a full disk, its room is all that there is."""
-        with contextlib.suppress(sqlite3.Error):
-            self._db.execute("PRAGMA wal_checkpoint(RESTART)")
 
     def environments(self) -> list[Environment]:
         """See ``core.interfaces.Store``."""
