@@ -17,7 +17,7 @@ _log = structlog.get_logger()
 
 
 class Door:
-    """One listening socket at a path. It is made at once; use ``serve``, and ``close`` at the end.
+    """One listening socket at a path. It is made at once; use ``serve`` and ``look``, and ``close`` at the end.
 
     Args:
         path: where it is, or is to be.
@@ -36,23 +36,30 @@ class Door:
         self.filters_descriptors = peer.refuse_descriptors(self._listener)
         self._inode = self._seen()
         self._is_missed = False
+        self._is_renewed = trio.Event()
+        self._old = self._listener
 
     def close(self) -> None:
         """Remove the file, unless it is systemd's."""
         if self._passed is None and self._seen() == self._inode:
             self._path.unlink(missing_ok=True)
 
-    async def serve(self, accept: Callable[[socket.socket], Awaitable[None]], look_seconds: float) -> None:
-        """Have ``accept`` serve the socket for ever, and a new one where its file is gone. Connections go on."""
+    async def serve(self, accept: Callable[[socket.socket], Awaitable[None]]) -> None:
+        """Have ``accept`` serve the socket for ever, and a new one once ``look`` has made it. Connections go on."""
         while True:
             async with trio.open_nursery() as nursery:
                 nursery.start_soon(accept, self._listener)
-                while (made := self._made_anew()) is None:
-                    await trio.sleep(look_seconds)
+                await self._is_renewed.wait()
                 nursery.cancel_scope.cancel()
-            self._listener.close()
-            self._listener, self._inode = made, self._seen()
+            self._is_renewed = trio.Event()
+            self._old.close()
             _log.warning("socket_restored", path=str(self._path))
+
+    def look(self) -> None:
+        """Make the socket anew where its file is gone: call it now and then."""
+        if not self._is_renewed.is_set() and (made := self._made_anew()) is not None:
+            self._old, self._listener, self._inode = self._listener, made, self._seen()
+            self._is_renewed.set()
 
     def _made_anew(self) -> socket.socket | None:
         """A new socket, where the file is not this one's any more and one can be made."""

@@ -213,7 +213,7 @@ class Node:
         gate = Gate(self._config.daemon.admin_group, self._config.daemon.connections_per_user, closer)
         for door, server in ((api, self._http), (attach, attach_server)):
             accept = partial(gate.serve, handler=server.handle, nursery=nursery, refused=server.refusal)
-            nursery.start_soon(door.serve, accept, _LOOK_SECONDS)
+            nursery.start_soon(door.serve, accept)
 
     def _door(self, name: str) -> Door:
         door = Door(self._runtime / name, mode=self._config.socket_permissions, gid=self._socket_gid(),
@@ -320,6 +320,8 @@ class Node:
             await trio.sleep(_LOOK_SECONDS)
             self._restore_state(store)
             processes.look()
+            for door in self._doors:
+                door.look()
             try:
                 for _environment in files.follow_host(self.environments.registry.all()):
                     await trio.lowlevel.checkpoint()
