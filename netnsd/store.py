@@ -99,7 +99,7 @@ class SqliteStore:
 
     def __init__(self, directory: Path, plan: Plan) -> None:
         self._plan = plan
-        self._directory = directory
+        self._directory, self._prefix = directory, f"{directory}/"
         self._lock = _lock(directory)
         with contextlib.ExitStack() as undo:
             undo.callback(os.close, self._lock)
@@ -136,7 +136,7 @@ class SqliteStore:
         What is open lives on without its name, and all that is written to it would be gone with the daemon. Returns
         whether anything was missing. Raises AlreadyRunning where another daemon has the directory now, and StoreError.
         """
-        missing = {name for name, identity in self._files.items() if _identity(self._directory / name) != identity}
+        missing = {name for name, identity in self._files.items() if _identity(self._prefix + name) != identity}
         if missing and _LOCK in missing:
             lock = _lock(self._directory)
             os.close(self._lock)
@@ -170,7 +170,7 @@ class SqliteStore:
         old.close()
 
     def _identities(self) -> dict[str, tuple[int, int] | None]:
-        return {name: _identity(self._directory / name) for name in (_FILE, *_BESIDE, _LOCK)}
+        return {name: _identity(self._prefix + name) for name in (_FILE, *_BESIDE, _LOCK)}
 
     def environments(self) -> list[Environment]:
         """See ``core.interfaces.Store``."""
@@ -352,7 +352,7 @@ def _open(path: Path) -> sqlite3.Connection:
     return database
 
 
-def _identity(path: Path) -> tuple[int, int] | None:
+def _identity(path: str) -> tuple[int, int] | None:
     try:
         status = os.stat(path)
     except (FileNotFoundError, NotADirectoryError):

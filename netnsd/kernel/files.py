@@ -24,6 +24,7 @@ from netnsd.kernel import libc
 _HOSTS = Path("/etc/hosts")
 _RESOLV_CONF = Path("/etc/resolv.conf")
 _UPLINK_RESOLV_CONF = Path("/run/systemd/resolve/resolv.conf")
+_HOST_FILES = [str(path) for path in (_HOSTS, _RESOLV_CONF, _UPLINK_RESOLV_CONF)]
 _BLOCK_BYTES = 4096
 _APPEND = os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
 _ACL_VERSION, _ACL_NOBODY = 2, 0xFFFFFFFF
@@ -42,7 +43,7 @@ class EnvironmentFiles:
         self._names = runtime / "env"
         self._logs = state / "logs"
         self._log_bytes = log_bytes
-        self._followed = _of_host()
+        self._seen, self._followed = _stamps(), _of_host()
         for directory in (self._names, self._logs):
             directory.mkdir(mode=0o711, parents=True, exist_ok=True)
 
@@ -67,8 +68,12 @@ class EnvironmentFiles:
         In place: running servers have these very files mounted. Gives each that was changed, after it was; what keeps
         one from being written does not keep the others. Raises KernelError where the host's cannot be read.
         """
+        seen = _stamps()
+        if seen == self._seen:
+            return
         names, text = _of_host()
         if (names, text) == self._followed:
+            self._seen = seen
             return
         for environment in environments:
             directory = self._names / environment.id
@@ -77,7 +82,7 @@ class EnvironmentFiles:
                     with contextlib.suppress(OSError):
                         _write(str(path), wanted)
             yield environment
-        self._followed = names, text
+        self._seen, self._followed = seen, (names, text)
 
     def open_log(self, environment: Environment, service: str) -> int:
         """See ``core.interfaces.Files``."""
@@ -167,6 +172,19 @@ def _entries(directory: Path) -> list[str]:
         return os.listdir(directory)
     except FileNotFoundError:
         return []
+
+
+def _stamps() -> list[tuple[int, int, int] | None]:
+    """What tells that one of the host's files has changed, or is there now, without reading it."""
+    stamps: list[tuple[int, int, int] | None] = []
+    for path in _HOST_FILES:
+        try:
+            status = os.stat(path)
+        except OSError:
+            stamps.append(None)
+        else:
+            stamps.append((status.st_ino, status.st_mtime_ns, status.st_size))
+    return stamps
 
 
 def _of_host() -> tuple[str, str | None]:
