@@ -94,8 +94,8 @@ def _on_a_host(order: Order) -> list[Row]:
 
 def _faults(order: Order) -> list[Row]:
     """Its own program, with its own table."""
-    done = subprocess.run([sys.executable, "-m", _FAULTS, "--minutes", f"{order.seconds / 60:.2f}"], cwd=CHECKOUT,
-                          check=False)
+    done = subprocess.run([sys.executable, "-m", _FAULTS, "--minutes", f"{order.seconds / 60:.2f}",
+                           "--seed", str(order.seed)], cwd=CHECKOUT, check=False)
     return [Row("its exit status", None, done.returncode, 0)]
 
 

@@ -31,14 +31,11 @@ from netnsd.observability.events import EventLog
 from tests.fakes import world
 from tests.fakes.faults import Killed
 from tests.fakes.world import World
-from tests.stateful import model
+from tests.stateful import accounts, model
 
 T = TypeVar("T")
 _ACTORS = {"alice": world.ALICE, "bob": world.BOB, "carol": world.CAROL}
 _COMMANDS = {model.SLEEPER: "server", model.LISTENER: "server", model.BRIEF: "brief", model.MISSING: "missing"}
-# Whatever happens to it, the service has no reason to say one of these.
-_TROUBLE = {"remove_failed", "furnish_failed", "store_failed", "orphan_left", "pool_stuck", "slot_spoilt",
-            "template_stuck", "lost"}
 _PAUSE_SECONDS, _PAUSES = 0.05, 60
 _REAL_SECONDS = 30.0
 _KILLED = 128 + signal.SIGKILL
@@ -62,7 +59,7 @@ class FakeDriver:
     def begin(self) -> None:
         """See ``Driver``."""
         self.close()
-        self._directory = Path(tempfile.mkdtemp(prefix="netnsd-stateful-"))
+        self._directory = Path(tempfile.mkdtemp(prefix="stateful-"))
         self.world = World(self._directory, published_range=self.numbers, pool=PoolSettings(size=1, most=2))
         self.world.network.everywhere = {Listener("tcp", "0.0.0.0", 3000), Listener("udp", "0.0.0.0", 3001),
                                          Listener("tcp", "0.0.0.0", 3002)}
@@ -163,7 +160,7 @@ class FakeDriver:
 
     def inside(self, visible: int, published: int) -> list[str]:
         """See ``Driver``."""
-        return self._call(self._synchronous, lambda: self._inside(visible, published))
+        return self._call(self._synchronous, lambda: accounts.differences(self.world, visible, published))
 
     def residue(self) -> list[str]:
         """See ``Driver``."""
@@ -319,33 +316,6 @@ class FakeDriver:
                     nursery.cancel_scope.cancel()
         except* Killed:
             pass
-
-    def _inside(self, visible: int, published: int) -> list[str]:
-        found = list(self.world.environments.registry.all())
-        stock = [e for e in found if e.stock]
-        registry, held = self.world.environments.registry, self.world.held()
-        ready = self.world.environments.pool.ready
-        rows = {row.id: (row.state, row.netns, row.name) for row in self.world.store.environments()}
-        lines = [f"the service said {kind} of {name!r}: {details}" for kind, name, details in self.world.events
-                 if kind in _TROUBLE]
-        expected: list[tuple[str, Any, Any]] = [
-            ("environments that users see", len(found) - len(stock), visible),
-            ("rows", rows, {e.id: (e.state, e.netns, e.name) for e in found}),
-            ("stocks", sum(t.warm for t in self.world.store.templates()), len(stock)),
-            ("leases", registry.published, published + sum(len(e.ports) for e in stock)),
-            ("slots taken", held.get("slots", 0), len(found) + ready),
-            ("names", sorted(n for n in self.world.network.slots.values() if n), sorted(e.netns for e in found)),
-            ("namespaces", len(self.world.network.slots), len(found) + ready),
-            ("rules for ports", len(self.world.firewall.published), registry.published),
-            ("owners", self.world.firewall.owners, {(e.slot.address, e.uid) for e in found}),
-            ("groups", len(self.world.cgroups.observe()) - ready,
-             len([e for e in found if e.slot.cgroup in self.world.cgroups.groups])),
-            ("files of nobody", self.world.files.observe() - {e.id for e in found}, set()),
-            ("names left", held.get("names left", set()) | held.get("second names", set()), set()),
-            ("logs that are open", held.get("logs", []), []),
-            ("locks of nobody", held.get("locks", {}).keys() - {e.id for e in found}, set()),
-        ]
-        return lines + [f"{what}: {is_so} and not {should}" for what, is_so, should in expected if is_so != should]
 
     # -- between the threads ----------------------------------------------------------------------------------------
 
