@@ -23,7 +23,7 @@ FOUND = (
     # The thread died in another namespace, and everything waited for it.
     _fails("create", "kernel.namespace_thread.NamespaceThread.start.call:libc.setns", "ENOMEM"),
     # The pin went before the name, which nobody knew to be ours then.
-    _fails("create in vain", "kernel.network._is_namespace:os.stat", "ENOMEM", persists=True),
+    _fails("create in vain", "kernel.survey.is_namespace:os.stat", "ENOMEM", persists=True),
     # A file that cannot be removed was tried for ever, without a pause.
     _fails("create in vain", "kernel.namespace_thread.unpin:os.unlink", "EBUSY", persists=True),
     # A fault in netnsd was told instead of the error.

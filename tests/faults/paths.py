@@ -18,6 +18,9 @@ _BARE = {"cwd": "/", "env": {"PATH": "/usr/bin:/bin"}}
 _PORTS = [{"port": 3000}, {"port": 3000, "protocol": "udp", "publish": NUMBER}]
 WHOLE = {"name": "web", "command": echo_server("web", 3000), "ports": _PORTS, **_BARE}
 WITHOUT = {"name": "web", "ports": [{"port": 3000}]}
+# A limit, a check and a policy: what a plain one does without.
+LOOKED_AFTER = {**WHOLE, "resources": {"pids": 64}, "restart": "on-failure",
+                "health": {"tcp": 3000, "interval_seconds": 1.0}}
 TEMPLATE = {"name": "tpl", "warm": 1, "specification": {
     "command": echo_server("web", 3000), "ports": [{"port": 3000}], **_BARE}}
 _MANY = ("web-1", "web-2", "web-3", "web-4", "web-5")
@@ -165,6 +168,33 @@ def _template_again(world: World) -> None:
     _stocked(world)
 
 
+class Repair(Path):
+    """Somebody removes a file beside the state file, and the daemon puts all of it back. Answers 200 when it is."""
+
+    def begin(self, world: World) -> None:
+        world.host.path(self._file(world)).unlink()
+        world.hang_up()
+
+    def reply(self, world: World) -> Reply:
+        try:
+            wait_until(lambda: world.host.path(self._file(world)).exists() or not world.is_alive,
+                       seconds=SETTLE_SECONDS, what="the state's return")
+        except AssertionError as error:
+            return Reply(0, str(error))
+        return Reply(200, None)
+
+    @staticmethod
+    def _file(world: World) -> str:
+        return f"{world.daemon.state_dir}/netnsd.db-shm"
+
+
+def _healthy(world: World) -> None:
+    def is_healthy() -> bool:
+        return any(s["health"] == "healthy" for s in world.environments()["web"]["services"])
+
+    wait_until(is_healthy, seconds=SETTLE_SECONDS, what="a healthy server")
+
+
 def _left_by_another(world: World) -> None:
     """What serves, a stock, a slot of a pool, an environment that was half-made and one half-removed; and no daemon."""
     _all_in_use(world)
@@ -201,6 +231,8 @@ _GRACE = {"grace_seconds": 5}
 PATHS = (
     Path("create", _post(_ENVIRONMENTS, WHOLE), again=_create_again(WHOLE)),
     Path("create bare", _post(_ENVIRONMENTS, WITHOUT), again=_create_again(WITHOUT)),
+    Path("create looked after", _post(_ENVIRONMENTS, LOOKED_AFTER), fulfilled=_healthy,
+         again=_create_again(LOOKED_AFTER)),
     Path("create in vain", _post(_ENVIRONMENTS, {**WHOLE, "command": ["/missing"]}), fails=frozenset({"launch_failed"}),
          again=_create_again(WHOLE)),
     Path("start", _post(f"{_ENVIRONMENTS}/web/start"), _create_stopped, Fate.KEPT, again=_verb_again("start")),
@@ -220,6 +252,7 @@ PATHS = (
     Path("refill of a template", _post("/v1/templates", TEMPLATE), fulfilled=_stocked, names=(),
          again=_template_again),
     Path("removal of a template", {"method": "DELETE", "path": "/v1/templates/tpl"}, _add_template, names=()),
+    Repair("repair of the state", {}, _create, Fate.KEPT),
     DaemonStart("start of the daemon", {}, _left_by_another, Fate.KEPT, again=World.be_new),
     DaemonStop("stop of the daemon", {}, _all_in_use, Fate.KEPT, again=World.be_new),
 )

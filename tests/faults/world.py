@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import select
@@ -13,11 +14,12 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Self
+from typing import IO, Any, Self, cast
 
 from tests.faults.control import Control
 from tests.harness import ALICE, ROOT, Daemon, HostNamespace, Snapshot, User, settle, wait_until
 from tests.harness.daemon import Section
+from tests.harness.waiting import DeadlineError
 from tests.system.clients import PYTHON, Environment, echo_server, is_gone, main_of, published
 
 _HERE = Path(__file__).parent
@@ -34,10 +36,88 @@ class PlantedDaemon(Daemon):
         self.control = Control(str(host.path(f"{self.base}/control")), create=True)
         self.launcher_control = Control(str(host.path(f"{self.base}/launcher.control")), create=True)
 
+        self._forks: Forks | None = None
+
     @property
     def command(self) -> list[str]:
         serve = super().command[1:]
         return [sys.executable, str(_HERE / "daemon.py"), f"{self.base}/control", f"{self.base}/cache", *serve]
+
+    def _spawn(self, env: Mapping[str, str], log: IO[bytes]) -> subprocess.Popen[bytes]:
+        if self._forks is None:
+            self._forks = Forks(self.host.popen(self.command, stdin=subprocess.PIPE, stderr=log))
+        return cast("subprocess.Popen[bytes]", Fork(self._forks, {"env": dict(env), "log": self.log_file}))
+
+    def close(self) -> None:
+        super().close()
+        if self._forks is not None:
+            self._forks.close()
+
+
+class Forks:
+    """daemon.py, and what it says."""
+
+    def __init__(self, process: subprocess.Popen[bytes]) -> None:
+        self._process = process
+        self._heard = b""
+
+    def ask(self, order: dict[str, Any]) -> None:
+        """Have a daemon forked."""
+        assert self._process.stdin is not None
+        self._process.stdin.write(json.dumps(order).encode())
+        self._process.stdin.flush()
+
+    def hear(self, seconds: float) -> list[int]:
+        """The numbers of the next line. Raises TimeoutExpired."""
+        assert self._process.stdout is not None
+        deadline = time.monotonic() + seconds
+        while b"\n" not in self._heard:
+            readable, _, _ = select.select([self._process.stdout], [], [], max(0.0, deadline - time.monotonic()))
+            if not readable:
+                raise subprocess.TimeoutExpired("netnsd serve", seconds)
+            part = os.read(self._process.stdout.fileno(), 4096)
+            assert part, "the program that forks daemons ended"
+            self._heard += part
+        line, _, self._heard = self._heard.partition(b"\n")
+        return [int(word) for word in line.split()]
+
+    def close(self) -> None:
+        """End it."""
+        assert self._process.stdin is not None
+        self._process.stdin.close()
+        self._process.wait(timeout=5)
+
+
+class Fork:
+    """A daemon that was forked by daemon.py: what Popen has of one that was started."""
+
+    def __init__(self, forks: Forks, order: dict[str, Any]) -> None:
+        self._forks = forks
+        self._forks.ask(order)
+        self.returncode: int | None = None
+        (self.pid,) = self._forks.hear(ANSWER_SECONDS)
+
+    def poll(self) -> int | None:
+        """Its exit code if it has ended."""
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            self.wait(0)
+        return self.returncode
+
+    def wait(self, timeout: float = ANSWER_SECONDS) -> int:
+        """Its exit code. Raises TimeoutExpired."""
+        if self.returncode is None:
+            pid, self.returncode = self._forks.hear(timeout)
+            assert pid == self.pid
+        return self.returncode
+
+    def send_signal(self, number: int) -> None:
+        """Send a signal unless it has ended."""
+        if self.poll() is None:
+            os.kill(self.pid, number)
+
+    def kill(self) -> None:
+        """SIGKILL."""
+        self.send_signal(signal.SIGKILL)
 
 
 @dataclass(frozen=True, slots=True)
@@ -254,6 +334,9 @@ class World:
     def complaints_of(self, environment: Environment) -> list[str]:
         """What is missing for an environment to be whole: it runs, and each of its ports answers."""
         name = environment["name"]
+        with contextlib.suppress(DeadlineError):
+            wait_until(lambda: not self._is_on_its_way(name), what="what a restart policy does")
+        environment = self.environments().get(name, environment) | {"ports": environment["ports"]}
         if environment["state"] != "running":
             return [f"{name} is {environment['state']}"]
         found = [f"{name}: {s['name']} is {s['state']}" for s in environment["services"]
@@ -266,6 +349,10 @@ class World:
         if "ConnectionRefused" not in said:
             found.append(f"{name}: its address {environment['address']}: {said}")
         return found
+
+    def _is_on_its_way(self, name: str) -> bool:
+        services = self.environments().get(name, {"services": []})["services"]
+        return any(service["state"] in ("starting", "restarting") for service in services)
 
     def leaks(self, seconds: float = SETTLE_SECONDS) -> list[str]:
         """What is there and was not at first, once everything of a trial was removed."""

@@ -13,7 +13,7 @@ import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from types import TracebackType
-from typing import Any, Self
+from typing import IO, Any, Self
 
 from tests.harness import cgroups
 from tests.harness.host import HostNamespace
@@ -79,8 +79,7 @@ class Daemon:
         with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as receiver, open(self.host.path(self.log_file),
                                                                                 "ab") as log:
             receiver.bind(str(path))
-            self.process = self.host.popen(self.command, env={"NOTIFY_SOCKET": notify, **self._env},
-                                           stdout=log, stderr=log)
+            self.process = self._spawn({"NOTIFY_SOCKET": notify, **self._env}, log)
             self._await_ready(receiver)
         return self
 
@@ -161,6 +160,9 @@ class Daemon:
         if kind is not None:
             sys.stderr.write(f"--- the daemon's log\n{self.log()}---\n")
         self.close()
+
+    def _spawn(self, env: Mapping[str, str], log: IO[bytes]) -> subprocess.Popen[bytes]:
+        return self.host.popen(self.command, env=env, stdout=log, stderr=log)
 
     def _end_the_rest(self) -> None:
         for pid in self.launcher_pids():
