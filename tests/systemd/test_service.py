@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import subprocess
 from collections.abc import Iterator
 
 import pytest
@@ -194,6 +195,19 @@ def test_the_launcher_ends_without_servers_or_the_daemon(daemon: Container, serv
     assert another.answers()
     another.remove()
     assert pid(daemon, DAEMON) == before
+
+
+def test_a_running_command_outlives_the_launcher_and_the_daemon(daemon: Container, server: Server) -> None:
+    command = ["sh", "-c", "echo begun; read line; echo $line; exit 7"]
+    session = daemon.popen(["netnsctl", "exec", "-T", server.name, "--", *command], user=ALICE, stdin=subprocess.PIPE)
+    assert session.stdin is not None
+    assert session.stdout is not None
+    assert session.stdout.readline() == b"begun\n"
+    launcher = pid(daemon, LAUNCHER)
+    daemon.systemctl("restart", LAUNCHER, DAEMON)
+    assert pid(daemon, LAUNCHER) != launcher
+    said, _ = session.communicate(b"ended\n", timeout=20)
+    assert (said, session.returncode) == (b"ended\n", 7)
 
 
 def test_reload_compares_and_mends_in_the_same_process(daemon: Container, server: Server) -> None:
