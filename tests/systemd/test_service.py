@@ -212,13 +212,39 @@ def test_a_running_command_outlives_the_launcher_and_the_daemon(daemon: Containe
 
 def test_reload_compares_and_mends_in_the_same_process(daemon: Container, server: Server) -> None:
     before = pid(daemon, DAEMON)
-    stray = "10.203.77.77 . 4242"
-    daemon.run(["nft", "add", "element", "ip", "netnsd", "owners", f"{{ {stray} }}"], check=True)
-    listing = ["nft", "list", "set", "ip", "netnsd", "owners"]
-    assert stray in daemon.run(listing, check=True).stdout
+    setting = "/proc/sys/net/ipv4/conf/ndbr0/route_localnet"
+    # Nobody is told of it: without a reload it would be found within a minute.
+    daemon.run(["sh", "-c", f"echo 0 >{setting}"], check=True)
     daemon.systemctl("reload", DAEMON)
-    wait_until(lambda: stray not in daemon.run(listing, check=True).stdout, what="the mending")
+    wait_until(lambda: daemon.run(["cat", setting]).stdout == "1\n", seconds=15, what="the mending")
     assert pid(daemon, DAEMON) == before
+    assert server.answers()
+
+
+# -- the sandbox ------------------------------------------------------------------------------------------------
+
+
+def test_the_sandbox_takes_away_nothing_that_the_kernel_offers(daemon: Container) -> None:
+    script = "import json; from netnsd.kernel import host; print(json.dumps(host.features()))"
+    outside = daemon.run(["/opt/netnsd/current/bin/python", "-c", script], check=True).stdout
+    assert daemon.ctl_json("info")["features"] == json.loads(outside)
+    checks = {check["name"]: check["ok"] for check in daemon.ctl_json("doctor")["checks"]}
+    assert {name for name, is_good in checks.items() if not is_good} <= {"other-firewalls"}
+
+
+def test_servers_are_looked_at_from_the_sandbox(daemon: Container) -> None:
+    command = ["python3", "-m", "http.server", "3000"]
+    for check in ("tcp:3000", "http:3000/"):
+        daemon.ctl("create", "hale", "--port", "3000", "--health", check, "--health-interval", "1", "--wait", "--",
+                   *command, user=BOB)
+        (service,) = daemon.ctl_json("show", "hale", user=BOB)["services"]
+        assert service["health"] == "healthy"
+        daemon.ctl("rm", "hale", user=BOB)
+
+
+def test_rules_are_restored_from_the_sandbox(daemon: Container, server: Server) -> None:
+    daemon.run(["nft", "flush", "ruleset"], check=True)
+    wait_until(lambda: "owners" in daemon.run(["nft", "list", "ruleset"]).stdout, what="the rules")
     assert server.answers()
 
 

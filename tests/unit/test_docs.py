@@ -287,7 +287,7 @@ def test_every_script_is_documented_and_no_other() -> None:
 
 def test_every_unit_is_named() -> None:
     units = {str(path.relative_to(CHECKOUT)) for path in (CHECKOUT / "systemd").iterdir()}
-    assert set(re.findall(r"`(systemd/[\w.-]+)`", section("## Quickstart"))) == units
+    assert set(re.findall(r"`(systemd/[\w.-]+)`", section("### Run it as a service"))) == units
 
 
 def test_every_decision_is_listed_and_numbered_once() -> None:
