@@ -202,7 +202,7 @@ async def test_malformed_messages_get_an_error_and_the_launcher_goes_on(world: W
             kind, body = decode(receive(sock)[0])
             assert (kind, list(body)) == (Kind.ERROR, ["message"]), message[:40]
         send(sock, encode(Kind.HELLO, 6))
-        assert decode(receive(sock)[0]) == (Kind.HELLO, {"protocol": 2, "pid": pid})
+        assert decode(receive(sock)[0]) == (Kind.HELLO, {"protocol": 2, "pid": pid, "joins": True})
         for fd in (null, order, deep):
             os.close(fd)
     assert len([fd for fd in os.listdir(f"/proc/{pid}/fd") if int(fd) > 2]) <= 8
