@@ -10,6 +10,7 @@ import os
 import platform
 import resource
 import socket
+from collections.abc import Awaitable, Callable
 from functools import partial
 from pathlib import Path
 from typing import Any, get_args
@@ -92,6 +93,7 @@ class Node:
         self._http: HttpServer | None = None
         self._doors: list[Door] = []
         self._state_trouble = ""
+        self._knows = False
         self._checking = trio.Lock()
         self._check_waits = False
         self._ended = trio.Event()
@@ -133,6 +135,7 @@ class Node:
                     async with trio.open_nursery() as nursery:
                         self._scope = nursery.cancel_scope
                         await nursery.start(self.environments.run)
+                        self._knows = True
                         if self._dismantles:
                             await self._remove_all()
                             nursery.cancel_scope.cancel()
@@ -148,13 +151,14 @@ class Node:
                 watch.close()
                 self._restore_state(store)
                 with trio.move_on_after(self._config.daemon.grace_seconds, shield=True):
-                    unused = len(self.environments.registry) == 0 and not self.environments.pool.held
+                    # Before all was taken over, nobody here knows what there is.
+                    unused = self._knows and len(self.environments.registry) == 0 and not self.environments.pool.held
                     if unused:
-                        processes.retire()
-                        cgroups.remove_root()
-                    await firewall.stop(remove=unused)
-                    await network.close(remove=unused)
-                    self._clear_runtime(files, unused=unused)
+                        await _attempt(processes.retire)
+                        await _attempt(cgroups.remove_root)
+                    await _attempt(partial(firewall.stop, remove=unused))
+                    await _attempt(partial(network.close, remove=unused))
+                    await _attempt(partial(self._clear_runtime, files, unused=unused))
                 self._ended.set()
 
     async def _serve(self, nursery: trio.Nursery, files: EnvironmentFiles) -> None:
@@ -350,6 +354,16 @@ class Node:
                 raise SupernetConflict(
                     f"[network] supernet {supernet} overlaps the host's route {route.network} by {route.interface}",
                     hint="Configure another supernet, such as 10.204.0.0/16.", route=route.network)
+
+
+async def _attempt(step: Callable[[], Awaitable[None] | None]) -> None:
+    """A step of the end. What cannot be removed is the next daemon's, and keeps nothing else from being removed."""
+    try:
+        under_way = step()
+        if under_way is not None:
+            await under_way
+    except (OSError, NetnsdError) as error:
+        _log.warning("left", reason=str(error))
 
 
 def _raise_descriptor_limit() -> None:

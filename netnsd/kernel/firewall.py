@@ -208,15 +208,17 @@ class NftFirewall:
         self._elements = nfnetlink.ElementSocket(TABLE)
 
     def _stop(self, *, remove: bool) -> None:
-        if remove:
-            self._forwarding.switch_back()
-            self._run(_REPLACE)
-        if self._nft is not None:
-            self._nft.close()
-            self._nft = None
-        if self._elements is not None:
-            self._elements.close()
-            self._elements = None
+        try:
+            if remove:
+                self._forwarding.switch_back()
+                self._run(_REPLACE)
+        finally:
+            if self._nft is not None:
+                self._nft.close()
+                self._nft = None
+            if self._elements is not None:
+                self._elements.close()
+                self._elements = None
 
     def _run(self, commands: str, *, output_flags: int = 0) -> str:
         assert self._nft is not None
