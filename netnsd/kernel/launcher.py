@@ -387,6 +387,18 @@ def main() -> int:
         os.write(2, f"netnsd-launcher: {path}: {error}\n".encode())
         return EXIT_ALREADY_RUNNING if isinstance(error, FileExistsError) else 1
     listener.set_inheritable(False)
+    try:
+        launcher = _prepared(listener, hidden, None if given else path, detached=detached)
+    except (OSError, StageError) as error:
+        os.write(2, f"netnsd-launcher: {getattr(error, 'message', error)}\n".encode())
+        return 1
+    launcher.run()
+    launcher.close()
+    return 0
+
+
+def _prepared(listener: socket.socket, hidden: list[str], path: str | None, *, detached: bool) -> Launcher:
+    """Make this process what children are forked from. Raises OSError, StageError."""
     os.chdir("/")
     libc.unshare(libc.CLONE_NEWNS)
     libc.mount(None, "/", None, libc.MS_REC | libc.MS_SLAVE)
@@ -400,10 +412,7 @@ def main() -> int:
         libc.join_session_keyring()
         libc.revoke_session_keyring()
     libc.prctl(libc.PR_SET_CHILD_SUBREAPER, 1)
-    launcher = Launcher(listener, hiding, None if given else path)
-    launcher.run()
-    launcher.close()
-    return 0
+    return Launcher(listener, hiding, path)
 
 
 if __name__ == "__main__":
