@@ -13,6 +13,10 @@ def _fails(path: str, point: str, what: str, *, at: int = 1, persists: bool = Fa
 
 
 FOUND = (
+    # A daemon that could not read its state took everything for unused, and removed bridges and rules under servers.
+    _fails("start of the daemon", "store.SqliteStore.environments:self._db.execute", "full"),
+    # What could not be removed at the end kept all else from being removed, and was told by a traceback.
+    _fails("last stop of the daemon", "kernel.network.KernelNetwork._close:self._pins.rmdir", "EBUSY"),
     # What was born in a group that had been killed as a whole, and was not removed, was killed at once: for ever.
     Trial(_BY_NAME["stop"], "kernel.cgroup._remove_tree:os.rmdir", 1),
     Trial(_BY_NAME["restart"], "kernel.cgroup._remove_tree:os.rmdir", 1),

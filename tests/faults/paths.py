@@ -287,6 +287,8 @@ def examine(world: World, path: Path, *, starts: bool = False) -> list[str]:
             continue
         environment = there[name]
         if (starts or path.fate is Fate.KEPT) and environment["state"] == "stopped":
+            if path.fails:  # it cannot be started, whatever happens
+                continue
             started = world.alice.ask("POST", f"{_ENVIRONMENTS}/{name}/start")
             if not started.is_good:
                 found.append(f"{name} cannot be started: {started}")

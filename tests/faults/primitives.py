@@ -116,6 +116,7 @@ _OF_NAME = {
 }
 _OF_ROOT = {"sqlite3": ("full",), "pyroute2": ("ENOMEM",), "socket": ("ENOBUFS",), "os": ("EMFILE", "ENOMEM"),
             "nft": ("ENOMEM",), "libc": ("ENOMEM", "EMFILE"), "pathlib": ("EMFILE", "ENOSPC"), "signal": ("ESRCH",)}
+_NEVER_FAIL = ("os._exit", "os.setsid")
 # What cannot fail by lack of anything, and why: it is left out, not excused.
 _CANNOT = {
     "kernel.launcher.Launcher._woken:wakeup.recv": "a pair of sockets in one process: there is a byte, or EAGAIN",
@@ -124,7 +125,7 @@ _CANNOT = {
 
 def failures_of(name: str, point: str) -> tuple[str, ...]:
     """How a call of that name is made to fail: errno's names, ``refused`` by nft, ``full`` by SQLite."""
-    if point in _CANNOT:
+    if point in _CANNOT or name in _NEVER_FAIL:
         return ()
     return _OF_NAME.get(name) or _OF_ROOT.get(name.partition(".")[0], ("ENOMEM",))
 

@@ -33,7 +33,6 @@ WorldOf = Callable[[Path], World]
 ELSEWHERE = {
     "daemon.main._watchdog:": "the watchdog of systemd",
     "kernel._child.Child._await_order:os._exit": "a child whose launcher ends: tests/kernel/test_prepared.py",
-    "kernel.launcher.main:os.unlink": "a launcher that ends by itself: tests/kernel/test_launcher.py",
     "kernel.files._make_in:": "directories that somebody removed: tests/system/test_hostility_files.py",
     "kernel.launcher.Launcher.close:": "a launcher that ends by itself: tests/kernel/test_launcher.py",
     "kernel.limits.PidsLimit._enable:os.makedirs": "the group is there by then: hosts with controllers of cgroup v2",

@@ -161,10 +161,9 @@ def fail(world: World, trial: Trial) -> Outcome:
     if trial.persists:
         time.sleep(0.05)  # for a while it goes on
     world.disarm()
-    if isinstance(path, (paths.DaemonStart, paths.DaemonStop)):
-        found += _scandals(world)
-        path.again(world)
     try:
+        if isinstance(path, (paths.DaemonStart, paths.DaemonStop)):
+            path.again(world)
         world.hang_up()
         found += world.complaints_of_bystander()
         found += _settled(world)

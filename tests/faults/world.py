@@ -311,6 +311,10 @@ class World:
         self.root.begin(rows=f"{self.daemon.state_dir}/netnsd.db")
         return self.root.end()
 
+    def _rows_beside(self, expected: Mapping[str, int]) -> list[str]:
+        return [f"the state file has {count} {table}" for table, count in self.rows().items()
+                if count != expected.get(table, 0) and table in ("environments", "ports", "services", "templates")]
+
     def change_state(self, statement: str, *values: str) -> None:
         """Change one row of the state file of a daemon that does not run."""
         self.root.begin(change=statement, state=f"{self.daemon.state_dir}/netnsd.db", values=values)
@@ -361,8 +365,9 @@ class World:
             return self._leaks_of_nothing(seconds)
         found = settle(self.before, self.look, seconds=seconds)
         expected = {"environments": 1, "ports": 1, "services": 1}
-        found += [f"the state file has {count} {table}" for table, count in self.rows().items()
-                  if count != expected.get(table, 0) and table in ("environments", "ports", "services", "templates")]
+        with contextlib.suppress(DeadlineError):  # a state file that could not be put back is, a second later
+            wait_until(lambda: self._rows_beside(expected) == [], what="the state file's rows")
+        found += self._rows_beside(expected)
         info = self.root.good("GET", "/v1/info")
         if (info["environments"], info["published_ports"]) != (1, 1):
             found.append(f"{info['environments']} environments and {info['published_ports']} ports are leased")
@@ -371,8 +376,7 @@ class World:
     def _leaks_of_nothing(self, seconds: float) -> list[str]:
         """The same where nothing is kept: a daemon that ends takes all away but its state. It is stopped then."""
         assert self.before is not None
-        found = [f"the state file has {count} {table}" for table, count in self.rows().items()
-                 if count and table in ("environments", "ports", "services", "templates")]
+        found = self._rows_beside({})
         if self.daemon.stop() != 0:
             found.append("the daemon did not end well")
         return found + settle(self.before, self.look, seconds=seconds)
