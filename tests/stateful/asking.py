@@ -6,7 +6,7 @@ from collections.abc import Iterable
 from typing import Any
 
 from hypothesis import strategies as st
-from hypothesis.stateful import rule
+from hypothesis.stateful import precondition, rule
 
 from tests.stateful import model
 from tests.stateful.base import Base
@@ -92,6 +92,7 @@ class Asking(Base):
         self._untold_stocks.discard((user, name))
         self.model.templates[user, name] = Template(name, user, wanted, warm)
 
+    @precondition(lambda self: bool(self.model.templates) or self._steps % 6 == 2)
     @rule(user=USERS, name=TEMPLATES)
     def remove_template(self, user: str, name: str) -> None:
         if self.model.templates.pop((user, name), None) is None:

@@ -37,6 +37,7 @@ class Base(RuleBasedStateMachine):
     @invariant()
     def agrees(self) -> None:
         self.counts["steps"] += 1
+        self._steps += 1
         self.driver.agree(self._differences)
 
     @HAVE
@@ -87,6 +88,7 @@ class Base(RuleBasedStateMachine):
 
     def __init__(self) -> None:
         super().__init__()
+        self._steps = 0
         self._untold: set[int] = set()  # pids of which the exit code may be lost
         self._untold_stocks: set[tuple[str, str]] = set()
 

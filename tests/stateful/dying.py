@@ -48,6 +48,7 @@ class Dying(Base):
         self.driver.lose_launcher()
         self._forget_codes()
 
+    @precondition(lambda self: self._steps % 6 == 1)  # once is enough for a while
     @rule()
     def flush_the_rules(self) -> None:
         self.driver.flush()
@@ -107,7 +108,9 @@ class Dying(Base):
         shown = self._found(environment.user, environment.name)
         assert shown is not None, f"{environment.name} is gone"
         for seen in shown["services"]:
-            allowed = {"start": {before[seen["name"]], "running"}, "stop": {before[seen["name"]], "stopped", "exited"},
+            # A start that was begun and came to nothing is told as an end that nobody saw.
+            allowed = {"start": {before[seen["name"]], "running", "exited"},
+                       "stop": {before[seen["name"]], "stopped", "exited"},
                        "restart": {"running", "stopped", "exited"}}[verb]
             if model.BRIEF in [s.command for s in environment.services if s.name == seen["name"]]:
                 allowed.add("exited")

@@ -10,7 +10,7 @@ from tests.stateful.machine import on
 from tests.stateful.on_host import HostDriver
 
 # The same ones in each run: the soak draws others. None is made smaller, as what chance did is not done again.
-SETTINGS = settings(max_examples=3, stateful_step_count=20, deadline=None, derandomize=True, database=None,
+SETTINGS = settings(max_examples=4, stateful_step_count=25, deadline=None, derandomize=True, database=None,
                     phases=(Phase.generate,), suppress_health_check=list(HealthCheck))
 
 
