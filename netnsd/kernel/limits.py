@@ -77,6 +77,7 @@ class PidsLimit:
                 try:
                     os.rmdir(directory)
                 except FileNotFoundError:
+                    self.remove_root()  # a daemon that was killed may have left it empty
                     return
                 except OSError as error:
                     if error.errno != errno.EBUSY:

@@ -100,6 +100,16 @@ async def test_a_group_of_v1_that_was_left_alone_is_observed_and_removed(tree: C
     assert tree.observe() == ["nd9"]
     await tree.remove("nd9")
     assert tree.observe() == []
+    assert groups_of_v1(tree) == []
+
+
+@needs_v1
+async def test_a_root_of_v1_that_was_left_empty_goes_with_the_next_removal(tree: CgroupTree) -> None:
+    tree.limit("nd9", wire.Resources(pids=1))
+    assert tree._limits._old_root is not None
+    os.rmdir(f"{tree._limits._old_root}/nd9")
+    await tree.remove("nd8")
+    assert groups_of_v1(tree) == []
 
 
 def test_who_asks_for_nothing_pays_for_nothing(tree: CgroupTree, monkeypatch: pytest.MonkeyPatch) -> None:
