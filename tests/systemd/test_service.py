@@ -242,6 +242,17 @@ def test_servers_are_looked_at_from_the_sandbox(daemon: Container) -> None:
         daemon.ctl("rm", "hale", user=BOB)
 
 
+def test_namespaces_are_the_hosts_and_outlive_the_daemon(daemon: Container) -> None:
+    daemon.ctl("create", "seen", user=BOB)
+    look = ["ip", "netns", "exec", "seen", "ip", "-brief", "address", "show", "eth0"]
+    address = daemon.ctl_json("show", "seen", user=BOB)["address"]
+    assert address in daemon.run(look, check=True).stdout
+    daemon.systemctl("stop", DAEMON)
+    assert address in daemon.run(look, check=True).stdout
+    daemon.ctl("rm", "seen", user=BOB)
+    assert daemon.run(look).returncode != 0
+
+
 def test_rules_are_restored_from_the_sandbox(daemon: Container, server: Server) -> None:
     daemon.run(["nft", "flush", "ruleset"], check=True)
     wait_until(lambda: "owners" in daemon.run(["nft", "list", "ruleset"]).stdout, what="the rules")
