@@ -92,12 +92,14 @@ class Container(Place):
 
     def install_quickly(self, kept: Path) -> None:
         """The same, but the virtual environment, which takes most of it, is made once and copied from ``kept`` then."""
-        if kept.exists():
+        prefix = self.path("/opt/netnsd")
+        made = list(kept.iterdir())
+        if made:
             self.run(["mkdir", "-p", "/opt/netnsd"], check=True)
-            _copy(kept, self.path("/opt/netnsd"))
+            _copy(made[0], prefix)
         self.install()
-        if not kept.exists():
-            _copy(self.path(str(self.path("/opt/netnsd/current").readlink())), kept)
+        if not made:
+            _copy(prefix / (prefix / "current").readlink().name, kept)
 
     def ctl(self, *arguments: str, user: User | str | None = None, check: bool = True,
             timeout: float = 30.0) -> subprocess.CompletedProcess[str]:
@@ -192,6 +194,7 @@ class Container(Place):
 
 
 def _copy(source: Path, target: Path) -> None:
+    """Copy a directory with its name into another."""
     subprocess.run(["cp", "-a", "--", str(source), str(target)], check=True, timeout=60)
 
 

@@ -20,7 +20,7 @@ def bare() -> Iterator[Container]:
 @pytest.fixture(scope="session")
 def kept(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Where the first container that installs netnsd leaves its virtual environment for the others."""
-    return tmp_path_factory.mktemp("installed") / "netnsd"
+    return tmp_path_factory.mktemp("installed")
 
 
 @pytest.fixture(scope="module")
