@@ -38,14 +38,21 @@ async def links() -> AsyncGenerator[frozenset[int], None]:
         watcher.bind((0, _RTMGRP_LINK))
         while True:
             await trio.lowlevel.wait_readable(watcher)
-            try:
-                data = watcher.recv(1 << 16)
-            except BlockingIOError:
-                continue
-            except OSError:  # ENOBUFS
-                yield frozenset()
-                continue
-            yield frozenset(_deleted(data))
+            found, was_lost = _drain(watcher)
+            if found or was_lost:
+                yield frozenset() if was_lost else frozenset(found)
+
+
+def _drain(watcher: socket.socket) -> tuple[set[int], bool]:
+    """All that there is to read, and whether news was lost: many links that go together are told one by one."""
+    found: set[int] = set()
+    while True:
+        try:
+            found.update(_deleted(watcher.recv(1 << 16)))
+        except BlockingIOError:
+            return found, False
+        except OSError:  # ENOBUFS
+            return found, True
 
 
 def _deleted(data: bytes) -> list[int]:
@@ -70,7 +77,11 @@ async def names(directory: str) -> AsyncGenerator[frozenset[str], None]:
         libc.inotify_add_watch(watcher, directory, libc.IN_DELETE | libc.IN_MOVED_FROM)
         while True:
             await trio.lowlevel.wait_readable(watcher)
-            data = os.read(watcher, 1 << 16)
+            try:
+                data = os.read(watcher, 1 << 16)
+            except OSError:  # out of memory, say: the next check sees it all
+                yield frozenset()
+                continue
             found, offset, was_lost = set(), 0, False
             while offset < len(data):
                 _watch, mask, _cookie, length = _EVENT.unpack_from(data, offset)
