@@ -66,8 +66,8 @@ class Caretaker:
     def concerns(self, *, links: Collection[int], names: Collection[str]) -> bool:
         """Whether links that went (by index), or names in /run/netns, are an environment's that should have them."""
         ready = [e for e in self._registry.all() if e.state == "ready"]
-        return bool(links and any(e.slot.port_ifindex in links or e.slot.bridge.ifindex in links for e in ready)
-                    or names and any(e.netns in names for e in ready))
+        return bool((links and any(e.slot.port_ifindex in links or e.slot.bridge.ifindex in links for e in ready))
+                    or (names and any(e.netns in names for e in ready)))
 
     async def _mend_all(self) -> None:
         environments = [e for e in self._registry.all() if e.state == "ready"]
