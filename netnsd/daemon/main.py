@@ -19,7 +19,7 @@ from netnsd import __version__
 from netnsd.daemon import config as configuration
 from netnsd.daemon.node import Node
 from netnsd.daemon.systemd import Notifier, listening_sockets
-from netnsd.errors import NetnsdError, NotRoot
+from netnsd.errors import KernelError, NetnsdError, NotRoot
 from netnsd.kernel import launcher as launcher_module
 from netnsd.observability import logs
 
@@ -82,6 +82,8 @@ def dismantle(file: Path | None, runtime_dir: Path, state_dir: Path) -> None:
         logs.configure("warning")
         node = Node(config, runtime_dir.absolute(), state_dir.absolute(), {}, starts_launcher=True, dismantles=True)
         trio.run(node.run)
+        if node.left:
+            raise KernelError(f"something is left: {'; '.join(node.left)}", hint="Run it again, or restart the host.")
     except (NetnsdError, BaseExceptionGroup) as error:
         _fail(error)
 

@@ -94,6 +94,7 @@ class Node:
         self._doors: list[Door] = []
         self._state_trouble = ""
         self._knows = False
+        self.left: list[str] = []  # why something could not be removed at the end
         self._checking = trio.Lock()
         self._check_waits = False
         self._ended = trio.Event()
@@ -154,11 +155,11 @@ class Node:
                     # Before all was taken over, nobody here knows what there is.
                     unused = self._knows and len(self.environments.registry) == 0 and not self.environments.pool.held
                     if unused:
-                        await _attempt(processes.retire)
-                        await _attempt(cgroups.remove_root)
-                    await _attempt(partial(firewall.stop, remove=unused))
-                    await _attempt(partial(network.close, remove=unused))
-                    await _attempt(partial(self._clear_runtime, files, unused=unused))
+                        await self._attempt(processes.retire)
+                        await self._attempt(cgroups.remove_root)
+                    await self._attempt(partial(firewall.stop, remove=unused))
+                    await self._attempt(partial(network.close, remove=unused))
+                    await self._attempt(partial(self._clear_runtime, files, unused=unused))
                 self._ended.set()
 
     async def _serve(self, nursery: trio.Nursery, files: EnvironmentFiles) -> None:
@@ -181,6 +182,16 @@ class Node:
             await self.environments.pool.drain()
         except (NetnsdError, ExceptionGroup) as error:  # what is left goes with the orphans of the next start
             _log.warning("pool_stuck", reason=str(error))
+
+    async def _attempt(self, step: Callable[[], Awaitable[None] | None]) -> None:
+        """A step of the end. What cannot be removed is the next daemon's, and keeps nothing else from being removed."""
+        try:
+            under_way = step()
+            if under_way is not None:
+                await under_way
+        except (OSError, NetnsdError) as error:
+            self.left.append(str(error))
+            _log.warning("left", reason=str(error))
 
     async def stop(self, grace_seconds: float) -> None:
         """Take no more requests, let those under way end within ``grace_seconds``; returns when ``run`` has ended."""
@@ -275,6 +286,8 @@ class Node:
                 for f in findings]
 
     def _emit(self, kind: str, uid: int, environment: str, name: str, **details: Any) -> None:
+        if kind == "orphan_left":
+            self.left.append(str(details.get("reason")))
         _log.info(kind, uid=uid, environment=environment, name=name, **details)
         self._events.emit(kind, uid, environment, name, **details)
 
@@ -354,16 +367,6 @@ class Node:
                 raise SupernetConflict(
                     f"[network] supernet {supernet} overlaps the host's route {route.network} by {route.interface}",
                     hint="Configure another supernet, such as 10.204.0.0/16.", route=route.network)
-
-
-async def _attempt(step: Callable[[], Awaitable[None] | None]) -> None:
-    """A step of the end. What cannot be removed is the next daemon's, and keeps nothing else from being removed."""
-    try:
-        under_way = step()
-        if under_way is not None:
-            await under_way
-    except (OSError, NetnsdError) as error:
-        _log.warning("left", reason=str(error))
 
 
 def _raise_descriptor_limit() -> None:
