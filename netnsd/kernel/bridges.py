@@ -12,9 +12,10 @@ import ipaddress
 import socket
 import struct
 import sys
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from pyroute2 import IPRoute
 from pyroute2.netlink.exceptions import NetlinkError
@@ -55,7 +56,7 @@ class Bridges:
         ours = {link["index"]: link.get_attr("IFLA_IFNAME") for link in _links()
                 if FIRST_BRIDGE_IFINDEX <= link["index"] < FIRST_PORT_IFINDEX
                 and link.get_attr("IFLA_IFNAME").startswith(BRIDGE_PREFIX)}
-        with IPRoute() as route:
+        with _route() as route:
             addressed = {entry["index"] for entry in route.get_addr(family=socket.AF_INET)}
         self._delete(sorted(ours.keys() - addressed))
         self._present = ours.keys() & addressed
@@ -67,17 +68,17 @@ class Bridges:
         if bridge.ifindex in self._present:
             return
         try:
-            with IPRoute() as route:
+            with _route() as route:
                 # A fixed MAC: without one a bridge takes its lowest port's, which changes as environments come.
                 route.link("add", ifname=bridge.name, index=bridge.ifindex, kind="bridge", mtu=self._mtu_bytes,
                            address=bridge.mac.hex(":"), br_mcast_snooping=0, state="up")
                 route.link("set", index=bridge.ifindex, ifalias=LINK_ALIAS)
                 route.addr("add", index=bridge.ifindex, address=bridge.address, prefixlen=bridge.prefix_length)
-        except NetlinkError as error:
+            _configure(bridge.name)
+        except OSError as error:
             with contextlib.suppress(OSError):
                 self._delete([bridge.ifindex])
-            raise OSError(error.code, f"{bridge.name}: {error}") from error
-        _configure(bridge.name)
+            raise OSError(error.errno, f"{bridge.name}: {error.strerror}") from error
         self._present.add(bridge.ifindex)
 
     def mend(self, needed: Iterable[Bridge], *, look: bool) -> list[str]:
@@ -127,7 +128,7 @@ class Bridges:
 
 def host_routes() -> list[HostRoute]:
     """The host's IPv4 routes with a destination, without those of our own bridges."""
-    with IPRoute() as route:
+    with _route() as route:
         names = {link["index"]: link.get_attr("IFLA_IFNAME") for link in route.get_links()}
         routes = []
         for entry in route.get_routes(family=socket.AF_INET):
@@ -140,7 +141,7 @@ def host_routes() -> list[HostRoute]:
 
 def uplinks() -> list[str]:
     """The interfaces by which the host's default routes leave."""
-    with IPRoute() as route:
+    with _route() as route:
         names = {link["index"]: link.get_attr("IFLA_IFNAME") for link in route.get_links()}
         return sorted({names[entry.get_attr("RTA_OIF")] for entry in route.get_default_routes(family=socket.AF_INET)
                        if entry.get_attr("RTA_OIF") in names})
@@ -222,8 +223,18 @@ def _is_whole(bridge: Bridge) -> bool:
             return False
 
 
+@contextlib.contextmanager
+def _route() -> Iterator[Any]:
+    """A socket of pyroute2's, whose errors are those of any system call. Raises OSError."""
+    try:
+        with IPRoute() as route:
+            yield route
+    except NetlinkError as error:
+        raise OSError(error.code, str(error)) from error
+
+
 def _links() -> list:  # type: ignore[type-arg]
-    with IPRoute() as route:
+    with _route() as route:
         return list(route.get_links())
 
 
