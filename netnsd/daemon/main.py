@@ -19,7 +19,7 @@ from netnsd import __version__
 from netnsd.daemon import config as configuration
 from netnsd.daemon.node import Node
 from netnsd.daemon.systemd import Notifier, listening_sockets
-from netnsd.errors import KernelError, NetnsdError, NotRoot
+from netnsd.errors import HostUnfit, KernelError, NetnsdError, NotRoot
 from netnsd.kernel import launcher as launcher_module
 from netnsd.observability import logs
 
@@ -53,6 +53,7 @@ def _places(command: Callable[..., None]) -> Callable[..., None]:
               help="Neither start nor end the launcher: a unit of its own does, and holds its socket.")
 def serve(file: Path | None, runtime_dir: Path, state_dir: Path, *, external_launcher: bool) -> None:
     """Run the daemon in the foreground. It needs root."""
+    node: Node | None = None
     try:
         _require_root("serve")
         config = configuration.load(file, os.environ)
@@ -64,8 +65,8 @@ def serve(file: Path | None, runtime_dir: Path, state_dir: Path, *, external_lau
         # The thread that wires needs the interpreter between any two system calls, and would wait up to 5 ms for it.
         sys.setswitchinterval(_SWITCH_SECONDS)
         trio.run(_run, node, notifier, config.daemon.grace_seconds)
-    except (NetnsdError, BaseExceptionGroup) as error:
-        _fail(error)
+    except (NetnsdError, OSError, BaseExceptionGroup) as error:
+        _fail(error, is_start=node is None or not node.is_ready)
 
 
 @main.command()
@@ -128,10 +129,15 @@ def _require_root(verb: str) -> None:
                       hint=f"sudo netnsd {verb}" + (", or systemctl start netnsd." if verb == "serve" else "."))
 
 
-def _fail(error: BaseException) -> NoReturn:
-    """Say the one thing that is wrong, and end. What is not ours to explain keeps its traceback."""
+def _fail(error: BaseException, *, is_start: bool = False) -> NoReturn:
+    """Say the one thing that is wrong, and end. What is not ours to explain keeps its traceback.
+
+    At the start, an error of a system call is the host's: it is out of descriptors, of memory, or of room.
+    """
     while isinstance(error, BaseExceptionGroup) and len(error.exceptions) == 1:
         error = error.exceptions[0]
+    if isinstance(error, OSError) and is_start:
+        error = HostUnfit(f"the daemon cannot start: {error}", hint="Is the host out of descriptors, memory or room?")
     if not isinstance(error, NetnsdError):
         raise error
     hint = f"\n  hint: {error.hint}" if error.hint else ""

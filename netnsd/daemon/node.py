@@ -95,6 +95,7 @@ class Node:
         self._state_trouble = ""
         self._knows = False
         self.left: list[str] = []  # why something could not be removed at the end
+        self.is_ready = False
         self._checking = trio.Lock()
         self._check_waits = False
         self._ended = trio.Event()
@@ -144,6 +145,7 @@ class Node:
                             nursery.start_soon(self._look_after_files, store, files, processes)
                             nursery.start_soon(self._watch_rules, watch, firewall)
                             await self._serve(nursery, files)
+                            self.is_ready = True
                             task_status.started()
                     with trio.move_on_after(self._config.daemon.grace_seconds, shield=True):
                         await self._drain()
@@ -166,8 +168,8 @@ class Node:
         await nursery.start(self._templates.run)
         nursery.start_soon(self._look_after_logs, files)
         nursery.start_soon(self._check_now_and_then)
-        nursery.start_soon(self._watch_links)
-        nursery.start_soon(self._watch_names)
+        nursery.start_soon(_always, self._watch_links)
+        nursery.start_soon(_always, self._watch_names)
         await self._open_sockets(nursery, files)
 
     async def _remove_all(self) -> None:
@@ -367,6 +369,26 @@ class Node:
                 raise SupernetConflict(
                     f"[network] supernet {supernet} overlaps the host's route {route.network} by {route.interface}",
                     hint="Configure another supernet, such as 10.204.0.0/16.", route=route.network)
+
+
+async def _always(watch: Callable[[], Awaitable[None]]) -> None:
+    """A watch that cannot be kept, for lack of descriptors or memory, is begun again."""
+    while True:
+        try:
+            await watch()
+        except OSError as error:
+            _log.error("watch_failed", reason=str(error))
+        await trio.sleep(_LOOK_SECONDS)
+
+
+async def _attempt(step: Callable[[], Awaitable[None] | None]) -> None:
+    """A step of the end. What cannot be removed is the next daemon's, and keeps nothing else from being removed."""
+    try:
+        under_way = step()
+        if under_way is not None:
+            await under_way
+    except (OSError, NetnsdError) as error:
+        _log.warning("left", reason=str(error))
 
 
 def _raise_descriptor_limit() -> None:
