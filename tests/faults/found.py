@@ -37,4 +37,8 @@ FOUND = (
     # The daemon ended.
     _fails("create", "kernel._messages.receive:connection.recvmsg", "ECONNRESET"),
     _fails("create in vain", "kernel.cgroup.CgroupTree.run:os.read", "ENOMEM"),
+    # A bridge whose settings could not be written was there, and not known to be: the next creation failed as well.
+    _fails("first create", "kernel.bridges._write:path.write_text", "ENOSPC"),
+    # A daemon that was out of descriptors for a moment, as it began to watch names, ended.
+    _fails("start of the daemon", "kernel.loss_watch.names:libc.inotify_init1", "EMFILE"),
 )

@@ -177,15 +177,23 @@ class Repair(Path):
 
     def reply(self, world: World) -> Reply:
         try:
-            wait_until(lambda: world.host.path(self._file(world)).exists() or not world.is_alive,
+            wait_until(lambda: self.is_done(world) or world.control.fired or not world.is_alive,
                        seconds=SETTLE_SECONDS, what="the state's return")
         except AssertionError as error:
             return Reply(0, str(error))
         return Reply(200, None)
 
+    @classmethod
+    def is_done(cls, world: World) -> bool:
+        return world.host.path(cls._file(world)).exists()
+
     @staticmethod
     def _file(world: World) -> str:
         return f"{world.daemon.state_dir}/netnsd.db-shm"
+
+
+def _repaired(world: World) -> None:
+    wait_until(lambda: Repair.is_done(world), seconds=SETTLE_SECONDS, what="the state's return")
 
 
 def _healthy(world: World) -> None:
@@ -252,7 +260,7 @@ PATHS = (
     Path("refill of a template", _post("/v1/templates", TEMPLATE), fulfilled=_stocked, names=(),
          again=_template_again),
     Path("removal of a template", {"method": "DELETE", "path": "/v1/templates/tpl"}, _add_template, names=()),
-    Repair("repair of the state", {}, _create, Fate.KEPT),
+    Repair("repair of the state", {}, _create, Fate.KEPT, again=_repaired),
     DaemonStart("start of the daemon", {}, _left_by_another, Fate.KEPT, again=World.be_new),
     DaemonStop("stop of the daemon", {}, _all_in_use, Fate.KEPT, again=World.be_new),
 )

@@ -53,6 +53,7 @@ LOOKS = frozenset({
 })
 INERT = frozenset({
     # They change this process alone, which is gone after a kill, and do not fail.
+    "ctypes.addressof", "socket.htonl",
     "io.close", "io.read", "io.readline", "io.splitlines", "libc.close_range", "libc.inotify_rm_watch",
     "libc.set_process_name", "nft.Nft.close", "os.DirEntry.is_dir", "os.close", "os.defpath", "os.environ",
     "os.geteuid", "os.getpid", "os.path", "os.set_inheritable", "os.strerror", "os.umask", "os.waitpid",
@@ -119,6 +120,9 @@ _OF_ROOT = {"sqlite3": ("full",), "pyroute2": ("ENOMEM",), "socket": ("ENOBUFS",
 _NEVER_FAIL = ("os._exit", "os.setsid")
 # What cannot fail by lack of anything, and why: it is left out, not excused.
 _CANNOT = {
+    "daemon.systemd.Notifier.send:socket.socket": "who starts the daemon would not hear that it is ready",
+    "kernel._messages.read_sealed:fcntl.fcntl": "a file in memory",
+    "kernel._messages.read_sealed:os.pread": "a file in memory",
     "kernel.launcher.Launcher._woken:wakeup.recv": "a pair of sockets in one process: there is a byte, or EAGAIN",
 }
 
@@ -131,10 +135,10 @@ def failures_of(name: str, point: str) -> tuple[str, ...]:
 
 
 def may_persist(name: str) -> bool:
-    """Whether it may fail again and again. Of the end of a connection one is told once, and a name that is busy is
-    not, as soon as what is mounted on it went.
+    """Whether it may fail again and again. Of the end of a connection one is told once; a name is busy until what
+    is mounted on it went, and a cgroup until the processes have ended that were killed.
     """
-    return name not in ("socket.socket.recvmsg", "os.unlink")
+    return name not in ("socket.socket.recvmsg", "os.unlink", "os.rmdir")
 
 
 def failure(name: str, what: str, arguments: tuple[Any, ...]) -> Exception:

@@ -39,7 +39,6 @@ ELSEWHERE = {
     "kernel.limits._kill:": "what left the group of cgroup v2: tests/kernel/test_limits.py",
     "kernel.probes._status:": "a check by HTTP asks the server, and changes nothing",
     "kernel.processes.LauncherProcesses.look:": "a socket that somebody removed: tests/system/test_hostility_files.py",
-    "store.SqliteStore._make_room:": "a transaction that failed: the failures of its statements",
     "store.SqliteStore.ids:": "the doctor's look",
     "store.SqliteStore.set_boot:": "another boot: tests/system/test_reboot.py",
     "daemon.main.launcher:": "the program of the launcher's unit: it becomes the launcher",

@@ -173,7 +173,7 @@ def fail(world: World, trial: Trial) -> Outcome:
         found += paths.examine(world, path, starts=trial.in_launcher)
         path.again(world)
         if path.name != "stop":
-            found += paths.examine(world, path)
+            found += paths.examine(world, path, starts=trial.in_launcher)
         paths.clean(world)
         if not world.is_alive:
             found.append("the daemon ended")
