@@ -136,20 +136,20 @@ class SqliteStore:
         What is open lives on without its name, and all that is written to it would be gone with the daemon. Returns
         whether anything was missing. Raises AlreadyRunning where another daemon has the directory now, and StoreError.
         """
-        missing = {name for name, identity in self._files.items() if _identity(self._prefix + name) != identity}
-        if missing and _LOCK in missing:
-            lock = _lock(self._directory)
-            os.close(self._lock)
-            self._lock = lock
-        if missing - {_LOCK}:
-            try:
+        try:
+            missing = {name for name, identity in self._files.items() if _identity(self._prefix + name) != identity}
+            if missing and _LOCK in missing:
+                lock = _lock(self._directory)
+                os.close(self._lock)
+                self._lock = lock
+            if missing - {_LOCK}:
                 with _translated():
                     self._write_anew()
-            except OSError as error:
-                raise StoreError(f"the state file cannot be put back: {error}",
-                                 hint="Is the disk of the state directory full, or not writable?") from error
-        if missing:
-            self._files = self._identities()
+            if missing:
+                self._files = self._identities()
+        except OSError as error:
+            raise StoreError(f"the state file cannot be put back: {error}",
+                             hint="Is the disk of the state directory full, or not writable?") from error
         return bool(missing)
 
     def _write_anew(self) -> None:
