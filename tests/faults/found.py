@@ -41,4 +41,6 @@ FOUND = (
     _fails("first create", "kernel.bridges._write:path.write_text", "ENOSPC"),
     # A daemon that was out of descriptors for a moment, as it began to watch names, ended.
     _fails("start of the daemon", "kernel.loss_watch.names:libc.inotify_init1", "EMFILE"),
+    # A look at the state file that failed ended the daemon.
+    _fails("repair of the state", "store._identity:os.stat", "ENOMEM", at=2),
 )

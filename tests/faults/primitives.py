@@ -120,6 +120,7 @@ _OF_ROOT = {"sqlite3": ("full",), "pyroute2": ("ENOMEM",), "socket": ("ENOBUFS",
 _NEVER_FAIL = ("os._exit", "os.setsid")
 # What cannot fail by lack of anything, and why: it is left out, not excused.
 _CANNOT = {
+    "daemon.systemd.Notifier.send:sender.sendto": "who starts the daemon would not hear that it is ready",
     "daemon.systemd.Notifier.send:socket.socket": "who starts the daemon would not hear that it is ready",
     "kernel._messages.read_sealed:fcntl.fcntl": "a file in memory",
     "kernel._messages.read_sealed:os.pread": "a file in memory",
