@@ -378,10 +378,10 @@ def main() -> int:
         os.write(2, f"netnsd-launcher: {error}\nusage: --socket PATH [--hide DIR]... [--detach]\n".encode())
         return 2
     given = os.environ.get("LISTEN_PID") == str(os.getpid()) and os.environ.get("LISTEN_FDS") == "1"
-    while os.open("/dev/null", os.O_RDWR) < _LISTEN_FDS_START:  # so that no other descriptor becomes 0, 1 or 2
-        pass
-    libc.close_range(_LISTEN_FDS_START + given, 2**32 - 1)
     try:
+        while os.open("/dev/null", os.O_RDWR) < _LISTEN_FDS_START:  # so that no other descriptor becomes 0, 1 or 2
+            pass
+        libc.close_range(_LISTEN_FDS_START + given, 2**32 - 1)
         listener = socket.socket(fileno=_LISTEN_FDS_START) if given else listen(path)
     except OSError as error:
         os.write(2, f"netnsd-launcher: {path}: {error}\n".encode())
