@@ -381,16 +381,6 @@ async def _always(watch: Callable[[], Awaitable[None]]) -> None:
         await trio.sleep(_LOOK_SECONDS)
 
 
-async def _attempt(step: Callable[[], Awaitable[None] | None]) -> None:
-    """A step of the end. What cannot be removed is the next daemon's, and keeps nothing else from being removed."""
-    try:
-        under_way = step()
-        if under_way is not None:
-            await under_way
-    except (OSError, NetnsdError) as error:
-        _log.warning("left", reason=str(error))
-
-
 def _raise_descriptor_limit() -> None:
     """A connection is a descriptor; the usual soft limit of 1024 is too few. After the launcher took its own."""
     _soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
