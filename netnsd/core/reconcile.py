@@ -64,9 +64,10 @@ def plan(desired: Iterable[Environment], observed: Observed) -> Actions:
         found = faults(environment, observed.wiring)
         is_of_this_boot = environment.boot_id == observed.boot_id
         services = {name: adopted(environment, service, observed) for name, service in environment.services.items()}
-        # Without services one that is being made is whole as soon as its namespace has its name, which comes last.
+        # Without services one that is being made is whole as soon as its namespace has its name, which comes last; and
+        # its creator may have been answered.
         if environment.state == "removing" or (environment.state == "creating" and (
-                environment.services or found or not is_of_this_boot)):
+                environment.services or (found and is_of_this_boot))):
             actions.undo.append(environment)
         elif is_of_this_boot:
             actions.adopt.append((environment, services))

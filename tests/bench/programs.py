@@ -12,11 +12,12 @@ from pathlib import Path
 from typing import Any
 
 from tests.harness import HostNamespace
+from tests.harness.host import CODE
 
 CHECKOUT = Path(__file__).parents[2]
 _SOURCES = CHECKOUT / "scripts" / "bench.d"
 # What an agent needs to find the bench's own modules, wherever it runs.
-AGENT_ENVIRONMENT = {"PYTHONPATH": str(CHECKOUT), "PYTHONDONTWRITEBYTECODE": "1"}
+AGENT_ENVIRONMENT = {"PYTHONPATH": CODE, "PYTHONDONTWRITEBYTECODE": "1"}
 
 
 class Programs:

@@ -19,6 +19,7 @@ from typing import IO, Any, Self, cast
 from tests.faults.control import Control
 from tests.harness import ALICE, ROOT, Daemon, HostNamespace, Snapshot, User, settle, wait_until
 from tests.harness.daemon import Section
+from tests.harness.host import CODE
 from tests.harness.waiting import DeadlineError
 from tests.system.clients import PYTHON, Environment, echo_server, is_gone, main_of, published
 
@@ -142,7 +143,7 @@ class Agent:
     """A process that asks as ``user``."""
 
     def __init__(self, daemon: Daemon, user: User) -> None:
-        self._process = daemon.host.popen([PYTHON, str(_HERE / "agent.py"), daemon.socket], user=user, cwd="/",
+        self._process = daemon.host.popen([PYTHON, f"{CODE}/tests/faults/agent.py", daemon.socket], user=user, cwd="/",
                                           stdin=subprocess.PIPE, stderr=None)
 
     def begin(self, **order: Any) -> None:

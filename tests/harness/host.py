@@ -24,6 +24,8 @@ from tests.harness.users import HOMES, ROOT, USERS, User, group_lines, passwd_li
 
 PATH = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
 _SCRIPT = Path(__file__).with_name("host.sh")
+# Where a host has the package ``tests``, for whoever cannot enter the checkout.
+CODE = "/run/harness/code"
 _START_SECONDS = 10.0
 _CLOSE_SECONDS = 20.0
 _numbers = itertools.count(1)
@@ -200,7 +202,8 @@ class HostNamespace(Place):
 
     def _hold(self, cgroup: str) -> subprocess.Popen[str]:
         environment = {
-            "PATH": PATH, "HARNESS_CGROUP": cgroup, "DAEMON_CGROUP": self.daemon_cgroup,
+            "PATH": PATH, "TESTS": str(_SCRIPT.parents[1]),
+            "HARNESS_CGROUP": cgroup, "DAEMON_CGROUP": self.daemon_cgroup,
             "PASSWD_LINES": passwd_lines(), "GROUP_LINES": group_lines(), "RESOLV": "nameserver 198.51.100.1\n",
             "HOMES": " ".join(f"{u.uid}:{u.gid}:{HOMES}/{u.name}" for u in USERS.values()), RUN_VARIABLE: RUN_ID,
         }

@@ -1,7 +1,8 @@
 # Turns fresh namespaces into a disposable host, says so, and waits. When its standard input ends (the test closed it,
 # or the test's process died in whatever way) it kills what lives on the host and removes its cgroups.
 #
-# In: HARNESS_CGROUP and DAEMON_CGROUP (absolute), PASSWD_LINES, GROUP_LINES, HOMES (uid:gid:path ...), RESOLV.
+# In: HARNESS_CGROUP and DAEMON_CGROUP (absolute), PASSWD_LINES, GROUP_LINES, HOMES (uid:gid:path ...), RESOLV,
+# TESTS (our directory).
 set -eu
 
 # One tmpfs for everything that a host keeps under /run: namespaces' names, sockets, homes, our own files.
@@ -9,6 +10,10 @@ set -eu
 mount -n -t tmpfs -o mode=755,nosuid netnsd-test /run
 mkdir -p /run/netns /run/lock /run/harness /run/home /run/test
 if [ -d /dev/shm ]; then mount -t tmpfs -o mode=1777,nosuid netnsd-test /dev/shm; fi
+
+# Programs of the tests that run as users, who may not be able to enter the checkout.
+mkdir -p /run/harness/code/tests
+mount --bind "$TESTS" /run/harness/code/tests
 
 # Some machines' /dev/null cannot be opened by unprivileged users.
 mknod -m 666 /run/harness/null c 1 3

@@ -151,7 +151,7 @@ def test_a_template_that_is_removed_or_replaced_takes_its_stock_along(daemon: Da
         alice.good("DELETE", "/v1/templates/shop")
         wait_until(lambda: servers(daemon) == {main_of(web)["pid"]}, what="the stock's end")
         assert fetched(daemon, web)["pid"] == main_of(web)["pid"]
-        assert netns_names(daemon) == ["web"]
+        wait_until(lambda: netns_names(daemon) == ["web"], what="the stock's namespaces' end")
         alice.good("DELETE", "/v1/environments/web")
 
 

@@ -56,6 +56,11 @@ def test_every_environment_ends_in_one_action_and_only_the_rest_is_orphaned(
         assert (e in [a for a, _ in actions.remake]) == (state == "ready" and not is_now and policy != "no")
 
 
+def test_an_environment_without_a_service_that_was_answered_before_the_reboot_is_told_to_be_lost() -> None:
+    answered = environment(0, "creating", boot_id="before")
+    assert plan([answered], Observed(**NOTHING)).lost == [answered]
+
+
 def test_what_is_kept_in_stock_is_not_made_again_after_a_reboot() -> None:
     kept = environment(0, "ready", {"s": Service("s", COMMAND, restart="always")}, "before")
     kept.stock = "template"
