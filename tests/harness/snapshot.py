@@ -27,7 +27,7 @@ RUN_ID = uuid.uuid4().hex[:8]
 # Not NETNSD_*: the daemon reads those as configuration.
 RUN_VARIABLE = "HARNESS_RUN"
 
-_OF_RUN = re.compile(r"netnsd-(?:host|test)-([0-9a-f]{8})-\d+")
+_OF_RUN = re.compile(r"netnsd-(?:host|test)-([0-9a-f]{8})-\w+")
 _NETNS = re.compile(r"net:\[(\d+)\]")
 _WATCHED_TREES = ("/run", "/var/lib", "/etc/netns", "/var/log/netnsd")
 # Package managers, which other people run, and the test data of the machine's own services.
