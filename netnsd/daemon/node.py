@@ -122,11 +122,7 @@ class Node:
                                           hide=[str(NETNS_DIRECTORY), str(network.pins)],
                                           starts=self._starts_launcher)
             adapters = Adapters(network, firewall, processes, cgroups, store, files, self._clock, HostProbes())
-            services = self._config.services
-            settings = Settings(self._config.published_range, services.allow_setuid, host.boot_id(),
-                                services.hard_limits, self._config.daemon.creations_waiting,
-                                PoolSettings(**msgspec.structs.asdict(self._config.pool)))
-            self.environments = Environments(adapters, plan, settings, self._emit)
+            self.environments = Environments(adapters, plan, self._settings(), self._emit)
             self._templates = Templates(self.environments, adapters, peer.account, self._emit)
             try:
                 # What environments lean on ends after them.
@@ -163,6 +159,11 @@ class Node:
                     await self._attempt(partial(network.close, remove=unused))
                     await self._attempt(partial(self._clear_runtime, files, unused=unused))
                 self._ended.set()
+
+    def _settings(self) -> Settings:
+        services = self._config.services
+        return Settings(self._config.published_range, services.allow_setuid, host.boot_id(), services.hard_limits,
+                        self._config.daemon.creations_waiting, PoolSettings(**msgspec.structs.asdict(self._config.pool)))
 
     async def _serve(self, nursery: trio.Nursery, files: EnvironmentFiles) -> None:
         await nursery.start(self._templates.run)
