@@ -161,9 +161,9 @@ class Node:
                 self._ended.set()
 
     def _settings(self) -> Settings:
-        services = self._config.services
+        services, pool = self._config.services, PoolSettings(**msgspec.structs.asdict(self._config.pool))
         return Settings(self._config.published_range, services.allow_setuid, host.boot_id(), services.hard_limits,
-                        self._config.daemon.creations_waiting, PoolSettings(**msgspec.structs.asdict(self._config.pool)))
+                        self._config.daemon.creations_waiting, pool)
 
     async def _serve(self, nursery: trio.Nursery, files: EnvironmentFiles) -> None:
         await nursery.start(self._templates.run)
