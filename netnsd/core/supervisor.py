@@ -99,8 +99,10 @@ class Supervisor:
             if service.state != "restarting" or service.launch_id != ended.launch_id:
                 return
             self.restarts += 1
+            # Whatever fails: the pauses between attempts must grow, also where it fails before the launch.
+            service = environment.services[ended.name] = service.changed(
+                restarts=service.restarts + 1, tries=service.tries + 1)
             await self._furnish(environment)
-            service = service.changed(restarts=service.restarts + 1, tries=service.tries + 1)
             await self._launch(environment, service, before=service)
 
     def _restart_failed(self, environment: Environment, service: Service, error: NetnsdError) -> None:

@@ -398,3 +398,21 @@ async def test_in_stock_there_is_nothing_that_ended(tmp_path: Path, autojump_clo
 def test_is_wanted(policy: Any, code: int | None, wanted: bool) -> None:
     command = Command(("x",), {}, "/", 1, 1, (), 0, {}, False)
     assert restarts.is_wanted(Service("main", command, exit_code=code, restart=policy)) == wanted
+
+
+async def test_what_fails_before_its_launch_is_tried_more_and_more_slowly_too(
+        tmp_path: Path, autojump_clock: Clock) -> None:
+    world = World(tmp_path)
+    async with world.running():
+        await make(world)
+    async with world.running():  # of what is furnished another run of the daemon knows nothing
+        world.faults.broken = {"network.furnish"}
+        end(world)
+        await trio.sleep(60)
+        pauses = [details["after_seconds"] for kind, _, details in world.events if kind == "restart_failed"]
+        assert pauses[:3] == [0.2, 0.4, 0.8]
+        assert len(pauses) < 12
+        world.faults.broken = set()
+        await trio.sleep(restarts.LONGEST_PAUSE_SECONDS + 1)
+        assert stored(world).state == "running"
+        assert stored(world).restarts == len(pauses) + 1
