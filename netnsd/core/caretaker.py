@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Awaitable, Callable, Collection, Sequence
+import re
+from collections.abc import Awaitable, Callable, Collection, Iterable, Sequence
 from functools import partial
 from typing import TYPE_CHECKING
 
 import trio
 
 from netnsd.core import audit, reconcile
+from netnsd.core.addressing import PORT_PREFIX
 from netnsd.core.audit import Difference, Held
 from netnsd.core.interfaces import Adapters, Emit
 from netnsd.core.particulars import Particulars, opening
@@ -26,6 +28,7 @@ if TYPE_CHECKING:
     from netnsd.core.registry import Registry
     from netnsd.core.settling import Settling
 
+_GROUP = re.compile(rf"{PORT_PREFIX}(0|[1-9][0-9]{{0,8}})\Z")
 # A link that was deleted has its name for a moment longer.
 _MEND_TRIES, _MEND_AGAIN_SECONDS = 5, 0.1
 # A stop may hold an environment for as long as its server is given to end.
@@ -179,19 +182,24 @@ class Caretaker:
         Raises KernelError, StoreError.
         """
         before = await self.differences()
+        # By a check, when nobody else has the environment: while it is handed over it has two names of right.
+        self._particulars.untidy.update({d.environment for d in before if (d.kind, d.what) == ("orphan", "name")}
+                                        & {e.id for e in self._registry.all()})
         await self.check()
         _rows, orphans = await self._orphans()
         still = {d.subject for d in before if d.kind == "orphan"}
+        # Nobody gets a slot while something of it is removed; those of a larger supernet nobody may get at all.
+        claimed = [index for index in {*orphans.slots, *_indexes(orphans.cgroups)}
+                   if index < self._plan.slots and self._plan.port_name(index) in still and self._slots.claim(index)]
         orphans = Orphans(
-            slots=tuple(i for i in orphans.slots if self._plan.port_name(i) in still and self._slots.claim(i)),
+            slots=tuple(index for index in orphans.slots if index in claimed),
             cgroups=tuple(name for name in orphans.cgroups if name in still),
             files=tuple(name for name in orphans.files if name in still))
         try:
             await self.clear(orphans)
         finally:
-            for index in orphans.slots:
+            for index in claimed:
                 self._slots.release(index)
-        await self._a.network.tidy([(e.slot, e.netns) for e in self._registry.all() if e.state == "ready"])
         for difference in before:
             if difference.kind == "orphan" and difference.what == "row":
                 with self._a.store.transaction():
@@ -220,3 +228,8 @@ class Caretaker:
             await attempt(partial(self._a.network.unwire, batch))
         for name in orphans.files:
             await attempt(partial(remove_files, name))
+
+
+def _indexes(cgroups: Iterable[str]) -> list[int]:
+    """The slots that groups with such names are of."""
+    return [int(found[1]) for name in cgroups if (found := _GROUP.match(name))]

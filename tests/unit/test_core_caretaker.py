@@ -16,6 +16,7 @@ from netnsd.core.interfaces import Inhabitant
 from netnsd.core.pool import PoolSettings
 from netnsd.errors import KernelError
 from tests.fakes.world import ALICE, BOB, World, request
+from tests.unit import stocking
 
 Lose = Callable[[World, Environment], None]
 
@@ -219,3 +220,62 @@ async def test_a_slot_that_is_pruned_is_nobodys_meanwhile_and_can_be_had_afterwa
         world.network.unwire = unwire  # type: ignore[method-assign]
         assert meanwhile[0].slot.index != 0
         assert environments.registry.addresses_free == free - 1
+
+
+async def test_a_slot_whose_group_is_pruned_is_nobodys_meanwhile_and_can_be_had_afterwards(
+    tmp_path: Path, autojump_clock: trio.testing.MockClock
+) -> None:
+    world = World(tmp_path)
+    async with world.running() as environments:
+        await world.cgroups.create("nd0/s-s0")
+        free = environments.registry.addresses_free
+        remove = world.cgroups.remove
+        meanwhile: list[Environment] = []
+
+        async def slow(path: str) -> None:
+            if path == "nd0" and not meanwhile:
+                meanwhile.append(await environments.create(request("web", "server"), ALICE))
+            await remove(path)
+
+        world.cgroups.remove = slow  # type: ignore[method-assign]
+        await environments.caretaker.prune()
+        assert meanwhile[0].services["s0"].state == "running"
+        assert meanwhile[0].slot.index != 0
+        assert environments.registry.addresses_free == free - 1
+
+
+async def test_a_slot_that_this_supernet_has_not_is_left_and_nobody_gets_it(
+    tmp_path: Path, autojump_clock: trio.testing.MockClock
+) -> None:
+    world = World(tmp_path)
+    async with world.running() as environments:
+        world.network.slots[5000], world.network.masters[5000] = None, 1
+        free = environments.registry.addresses_free
+        _removed, left = await environments.caretaker.prune()
+        assert _named(left) == {("orphan", "netns", "nd5000")}
+        assert environments.registry.addresses_free == free
+        for number in range(2 * world.plan.slots):
+            made = await environments.create(request(f"e{number}"), ALICE)
+            await environments.remove(made)
+
+
+async def test_what_is_handed_over_while_names_are_pruned_keeps_its_name(
+    tmp_path: Path, autojump_clock: trio.testing.MockClock
+) -> None:
+    world = stocking.world(tmp_path)
+    async with world.running() as environments:
+        await stocking.add(world, 1)
+        [stocked] = stocking.stock_of(world)
+        world.network.second_names.add((stocked.slot.index, "second"))
+        tidy = world.network.tidy
+        async with trio.open_nursery() as nursery:
+            async def meet(slots: Any) -> None:
+                world.network.tidy = tidy  # type: ignore[method-assign]
+                nursery.start_soon(world.templates.create, stocking.asked(), ALICE)
+                await settled()
+                await tidy(slots)
+
+            world.network.tidy = meet  # type: ignore[method-assign]
+            await environments.caretaker.prune()
+        assert (stocked.netns, world.network.slots[stocked.slot.index]) == ("web", "web")
+        assert not world.network.second_names
