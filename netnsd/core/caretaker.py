@@ -11,18 +11,18 @@ from typing import TYPE_CHECKING
 import trio
 
 from netnsd.core import audit, reconcile
-from netnsd.core.addressing import PORT_PREFIX
+from netnsd.core.addressing import FIRST_BRIDGE_IFINDEX, FIRST_PORT_IFINDEX, PORT_PREFIX
 from netnsd.core.audit import Difference, Held
 from netnsd.core.interfaces import Adapters, Emit
 from netnsd.core.particulars import Particulars, opening
-from netnsd.core.pool import messages
+from netnsd.core.pool import Pool, messages
 from netnsd.core.reconcile import Orphans
 from netnsd.core.removal import BATCH, Removal
 from netnsd.core.supervisor import group_of
 from netnsd.errors import KernelError, NetnsdError, NetnsLost, NetnsTaken
 
 if TYPE_CHECKING:
-    from netnsd.core.addressing import Plan
+    from netnsd.core.addressing import Bridge, Plan
     from netnsd.core.allocation import SlotAllocator
     from netnsd.core.environment import Environment
     from netnsd.core.registry import Registry
@@ -41,7 +41,7 @@ class Caretaker:
     """Compares what should be with what is, and mends it."""
 
     def __init__(self, adapters: Adapters, plan: Plan, slots: SlotAllocator, emit: Emit, *, registry: Registry,
-                 particulars: Particulars, settling: Settling, removal: Removal) -> None:
+                 particulars: Particulars, settling: Settling, removal: Removal, pool: Pool) -> None:
         self._a = adapters
         self._plan = plan
         self._slots = slots
@@ -50,6 +50,7 @@ class Caretaker:
         self._particulars = particulars
         self._settling = settling
         self._removal = removal
+        self._pool = pool
 
     async def check(self) -> bool:
         """Put right what others changed, and try again what could not be removed, or lose a name.
@@ -67,21 +68,31 @@ class Caretaker:
             await self._mend_all()
 
     def concerns(self, *, links: Collection[int], names: Collection[str]) -> bool:
-        """Whether links that went (by index), or names in /run/netns, are an environment's that should have them."""
+        """Whether links that went (by index), or names in /run/netns, are an environment's that should have them.
+
+        A bridge concerns whoever comes next, too.
+        """
         ready = [e for e in self._registry.all() if e.state == "ready"]
-        return bool((links and any(e.slot.port_ifindex in links or e.slot.bridge.ifindex in links for e in ready))
+        return bool(any(FIRST_BRIDGE_IFINDEX <= link < FIRST_PORT_IFINDEX for link in links)
+                    or (links and any(e.slot.port_ifindex in links for e in ready))
                     or (names and any(e.netns in names for e in ready)))
 
     async def _mend_all(self) -> None:
         environments = [e for e in self._registry.all() if e.state == "ready"]
-        bridges = {e.slot.bridge.index: e.slot.bridge for e in environments}
-        for name in await self._a.network.mend_bridges(list(bridges.values())):
+        for name in await self._a.network.mend_bridges(self._bridges(environments)):
             self._emit("bridge_mended", 0, "", "", what=name)
+        waiting = self._pool.waiting
         wiring = await self._a.network.survey()
+        self._pool.give_up([slot for slot in waiting if not reconcile.is_wired(slot, wiring)])
         async with trio.open_nursery() as nursery:
             for environment in environments:
                 if reconcile.faults(environment, wiring):
                     nursery.start_soon(self._in_turn, environment, self._mend_or_end)
+
+    def _bridges(self, environments: Iterable[Environment]) -> list[Bridge]:
+        """Those that are needed by these, or by who gets a slot that waits for somebody."""
+        slots = [*(environment.slot for environment in environments), *self._pool.waiting]
+        return list({slot.bridge.index: slot.bridge for slot in slots}.values())
 
     async def _in_turn(self, environment: Environment, job: Callable[[Environment], Awaitable[None]]) -> None:
         """Do it unless somebody else has the environment for long: the next check tries again."""
@@ -156,8 +167,8 @@ class Caretaker:
         ready = [opening(e) for e in environments if e.state == "ready"]
         missing, surplus = await self._a.firewall.differences(
             ready, [opening(e) for e in environments if e.state != "ready"])
-        bridges = {e.slot.bridge.index: e.slot.bridge for e in environments if e.state == "ready"}
-        wrong = await self._a.network.mend_bridges(list(bridges.values()), look=True)
+        wrong = await self._a.network.mend_bridges(
+            self._bridges([e for e in environments if e.state == "ready"]), look=True)
         # From here on nothing awaits: what is compared with the environments of this moment is of this moment.
         environments = list(self._registry.all())
         return audit.differences(environments, Held(

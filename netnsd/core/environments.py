@@ -60,7 +60,8 @@ class Environments:
         self._waits = Waits(adapters.network, self.registry.__contains__, self._supervisor.changed)
         self._removal = Removal(adapters, self.registry, self._supervisor, self._particulars)
         self.caretaker = Caretaker(adapters, plan, self._slots, emit, registry=self.registry,
-                                   particulars=self._particulars, settling=self._settling, removal=self._removal)
+                                   particulars=self._particulars, settling=self._settling, removal=self._removal,
+                                   pool=self.pool)
         self._takeover = Takeover(
             adapters, settings.boot_id, emit, registry=self.registry, supervisor=self._supervisor,
             particulars=self._particulars, settling=self._settling, removal=self._removal, caretaker=self.caretaker)

@@ -140,6 +140,20 @@ class Pool:
         self._ready.appendleft(slot)
         self._pulse()
 
+    @property
+    def waiting(self) -> Sequence[Slot]:
+        """Those that can be claimed now; a copy."""
+        return list(self._ready)
+
+    def give_up(self, spoilt: Sequence[Slot]) -> None:
+        """Have these removed, as far as nobody has claimed them, and others made."""
+        for slot in spoilt:
+            if slot in self._ready:
+                self._ready.remove(slot)
+                self._leaving.append(slot)
+        if spoilt:
+            self._pulse()
+
     def resize(self, size: int) -> None:
         """Keep so many; none at 0. Slots too many are removed soon."""
         self.size = size

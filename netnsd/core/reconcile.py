@@ -6,7 +6,7 @@ from collections.abc import Iterable, Mapping
 from collections.abc import Set as AbstractSet
 from dataclasses import dataclass, field
 
-from netnsd.core.addressing import PORT_PREFIX
+from netnsd.core.addressing import PORT_PREFIX, Slot
 from netnsd.core.environment import Environment, Service
 from netnsd.core.interfaces import Wiring
 
@@ -86,8 +86,18 @@ def faults(environment: Environment, wiring: Mapping[int, Wiring]) -> tuple[str,
     """What the kernel lacks of an environment that was made: ``pin``, ``name``, ``link``."""
     held = wiring.get(environment.slot.index, Wiring())
     parts = (("pin", held.pinned), ("name", environment.netns in held.names),
-             ("link", held.is_sound and held.master == environment.slot.bridge.ifindex))
+             ("link", _is_linked(environment.slot, held)))
     return tuple(part for part, is_there in parts if not is_there)
+
+
+def is_wired(slot: Slot, wiring: Mapping[int, Wiring]) -> bool:
+    """Whether a slot that is nobody's yet is of use: one that has lost a part is not mended, another is made."""
+    held = wiring.get(slot.index, Wiring())
+    return held.pinned and _is_linked(slot, held)
+
+
+def _is_linked(slot: Slot, held: Wiring) -> bool:
+    return held.is_sound and held.master == slot.bridge.ifindex
 
 
 def orphans(wired: Iterable[int], cgroups: Iterable[str], files: Iterable[str], *, slots: AbstractSet[int],

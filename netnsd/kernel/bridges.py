@@ -86,6 +86,8 @@ class Bridges:
 
         Raises OSError.
         """
+        if not look:
+            self._forget_lost()
         wrong = []
         for bridge in needed:
             if not _is_whole(bridge):
@@ -115,6 +117,14 @@ class Bridges:
         except OSError:
             return False
         return True
+
+    def _forget_lost(self) -> None:
+        """Of what somebody has deleted while no environment needed it, nobody tells the next that does."""
+        for index in list(self._present):
+            try:
+                socket.if_indextoname(index)
+            except OSError:
+                self._present.discard(index)
 
     def _delete(self, indexes: list[int]) -> None:
         with IPRoute() as route:

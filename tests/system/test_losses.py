@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+from collections.abc import Callable
 
 import pytest
 
@@ -62,6 +63,20 @@ def _lose(daemon: Daemon, environment: Environment, loss: str) -> None:
 def _is_whole(daemon: Daemon, environment: Environment) -> bool:
     return bool(ask(daemon.host, "tcp", "127.0.0.1", published(environment), user=ALICE, seconds=0.5)
                 == "alice heard hello") and daemon.host.run(["ip", "netns", "exec", "web", "true"]).returncode == 0
+
+
+@pytest.mark.parametrize("size", [0, 3])
+def test_who_comes_after_a_bridge_that_nobody_had_went_is_reached(
+        make_daemon: Callable[..., Daemon], size: int) -> None:
+    daemon = make_daemon(config={"pool": {"size": size, "most": size}})
+    daemon.create_json("first", user=ALICE)
+    daemon.ctl("rm", "first", user=ALICE, check=True)
+    wait_until(lambda: daemon.ctl_json("info")["pool_ready"] == size, what="the pool")
+    _run(daemon.host, "ip link delete ndbr0")
+    # What is asked for in the very moment may fail.
+    wait_until(lambda: daemon.ctl("create", "probe", user=ALICE).returncode == 0, seconds=5, what="a new bridge")
+    wait_until(lambda: daemon.ctl_json("info")["pool_ready"] == size, what="the pool")
+    assert _is_whole(daemon, _echoing(daemon))
 
 
 @pytest.mark.parametrize("loss", LOSSES)

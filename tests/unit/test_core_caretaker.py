@@ -90,6 +90,36 @@ async def test_an_environment_to_which_nothing_leads_ends_and_the_others_go_on(
         assert list(world.held()["namespaces"].values()) == ["kept"]
 
 
+@pytest.mark.parametrize("part", ["pin", "link", "bridge"])
+async def test_a_waiting_slot_that_lost_a_part_is_nobodys_and_another_is_made(
+    tmp_path: Path, autojump_clock: trio.testing.MockClock, part: str
+) -> None:
+    world = World(tmp_path, pool=PoolSettings(size=2, most=2))
+    async with world.running() as environments:
+        await trio.sleep(5)
+        [spoilt, other] = environments.pool.waiting
+        if part == "bridge":
+            world.network.masters[spoilt.index] = 0
+        else:
+            {"pin": world.network.unpinned, "link": world.network.unlinked}[part].add(spoilt.index)
+        await environments.check()
+        assert environments.pool.waiting == [other]
+        await trio.sleep(5)
+        assert environments.pool.ready == 2
+        assert spoilt.index not in world.network.slots
+        assert await environments.caretaker.differences() == []
+        assert (await environments.create(request("web"), ALICE)).slot == other
+
+
+async def test_a_bridge_concerns_somebody_also_while_there_is_nobody(
+    tmp_path: Path, autojump_clock: trio.testing.MockClock
+) -> None:
+    world = World(tmp_path)
+    async with world.running() as environments:
+        assert environments.caretaker.concerns(links={world.plan.slot(0).bridge.ifindex}, names=())
+        assert not environments.caretaker.concerns(links={world.plan.slot(0).port_ifindex, 7}, names={"web"})
+
+
 async def test_what_cannot_be_mended_now_is_tried_again(tmp_path: Path, autojump_clock: trio.testing.MockClock) -> None:
     world = World(tmp_path)
     async with world.running() as environments:
