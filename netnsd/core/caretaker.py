@@ -57,8 +57,8 @@ class Caretaker:
 
         Returns whether the host's rules were wrong. Raises KernelError where they, or bridges, cannot be put right.
         """
+        self._removal.remove_again()  # nobody waits for that: what others have lost is not theirs to wait for
         async with trio.open_nursery() as nursery:
-            nursery.start_soon(self._removal.remove_again)
             for environment in self._registry.all():
                 if environment.id in self._particulars.untidy:
                     nursery.start_soon(self._in_turn, environment, self._tidy)

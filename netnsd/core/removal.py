@@ -85,10 +85,9 @@ class Removal:
             if environment.id not in self._under_way:
                 self._nursery.start_soon(self._remove_quietly, environment)
 
-    async def remove_again(self) -> None:
-        """Try again what could not be removed."""
-        await self.remove_quietly([e for e in self._registry.all()
-                                   if e.state == "removing" and e.id not in self._under_way])
+    def remove_again(self) -> None:
+        """Try again what could not be removed, and return at once: it may take long, and be in vain."""
+        self.remove_behind(*(e for e in self._registry.all() if e.state == "removing"))
 
     async def undo(self, environment: Environment) -> None:
         """Remove an environment whose lock is held; what fails is told as an event, and tried again later."""

@@ -153,6 +153,36 @@ async def test_a_check_does_not_wait_for_who_has_an_environment_for_long(
         assert not world.network.unlinked
 
 
+async def test_a_check_does_not_wait_for_what_cannot_be_removed(
+    tmp_path: Path, autojump_clock: trio.testing.MockClock
+) -> None:
+    world = World(tmp_path)
+    async with world.running() as environments:
+        stuck = await environments.create(request("stuck", "server"), ALICE)
+        web = await environments.create(request("web", "server"), BOB)
+        remove = world.cgroups.remove
+
+        async def slow(path: str) -> None:
+            if path.startswith(stuck.slot.cgroup):
+                await trio.sleep(10)
+                raise KernelError("it does not end")
+            await remove(path)
+
+        world.cgroups.remove = slow  # type: ignore[method-assign]
+        with pytest.raises(KernelError):
+            await environments.remove(stuck)
+        for _ in range(3):
+            world.network.unlinked.add(web.slot.index)
+            with trio.fail_after(1):
+                await environments.check()
+            assert not world.network.unlinked
+        world.cgroups.remove = remove  # type: ignore[method-assign]
+        await trio.sleep(20)
+        await environments.check()
+        await settled()
+        assert list(environments.registry.all()) == [web]
+
+
 async def test_a_check_mends_although_the_firewall_cannot_be_put_right(
     tmp_path: Path, autojump_clock: trio.testing.MockClock
 ) -> None:
