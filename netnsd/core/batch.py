@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Awaitable, Callable
 from typing import Generic, TypeVar
 
@@ -72,6 +73,37 @@ class Batcher(Generic[T]):
                 raise
             for _, outcome in batch:
                 outcome.end(error)
+
+
+class Shared(Generic[T]):
+    """One answer for all who ask at about the same time, found after they asked.
+
+    However many ask, and again and again: it is found by one at a time, and after each time rests for as long.
+
+    Args:
+        find: finds the answer. What it raises reaches the one for whom it was called; the next one tries again.
+    """
+
+    def __init__(self, find: Callable[[], Awaitable[T]]) -> None:
+        self._find = find
+        self._turn = trio.Lock()
+        self._rests_until = -math.inf
+        self._next: list[T] = []
+
+    async def get(self) -> T:
+        """The answer."""
+        mine = self._next
+        async with self._turn:
+            if not mine:
+                await trio.sleep_until(self._rests_until)
+                self._next = []  # who asks from here on may know of what this one does not see any more
+                began = trio.current_time()
+                try:
+                    mine.append(await self._find())
+                finally:
+                    ended = trio.current_time()
+                    self._rests_until = ended + (ended - began)
+            return mine[0]
 
 
 class _Outcome:

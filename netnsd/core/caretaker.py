@@ -13,6 +13,7 @@ import trio
 from netnsd.core import audit, reconcile
 from netnsd.core.addressing import FIRST_BRIDGE_IFINDEX, FIRST_PORT_IFINDEX, PORT_PREFIX
 from netnsd.core.audit import Difference, Held
+from netnsd.core.batch import Shared
 from netnsd.core.interfaces import Adapters, Emit
 from netnsd.core.particulars import Particulars, opening
 from netnsd.core.pool import Pool, messages
@@ -51,6 +52,7 @@ class Caretaker:
         self._settling = settling
         self._removal = removal
         self._pool = pool
+        self._differing = Shared(self._differences)
 
     async def check(self) -> bool:
         """Put right what others changed, and try again what could not be removed, or lose a name.
@@ -151,7 +153,13 @@ class Caretaker:
     # -- differences --------------------------------------------------------------------------------------------
 
     async def differences(self) -> list[Difference]:
-        """What does not agree. What is on its way meanwhile is no difference. Raises KernelError, StoreError."""
+        """What does not agree. What is on its way meanwhile is no difference. Raises KernelError, StoreError.
+
+        Anybody may ask, and it takes long on a host with many environments.
+        """
+        return await self._differing.get()
+
+    async def _differences(self) -> list[Difference]:
         first = await self._look()
         if not first:
             return []

@@ -27,6 +27,7 @@ from netnsd.api.closing import Closer
 from netnsd.api.routes import Context
 from netnsd.api.server import Gate, HttpServer
 from netnsd.core import views
+from netnsd.core.batch import Shared
 from netnsd.core.environments import Environments
 from netnsd.core.interfaces import Adapters
 from netnsd.core.pool import PoolSettings
@@ -105,8 +106,8 @@ class Node:
         self._runtime.mkdir(mode=0o755, parents=True, exist_ok=True)
         plan = self._config.plan
         with contextlib.closing(SqliteStore(self._state, plan)) as store, NamespaceThread() as thread:
-            self._thread = thread
             supernet = self._config.network.supernet
+            self._findings = Shared(partial(host.examine, thread, supernet))
             host.require(await host.examine(thread, supernet))
             if not self._dismantles:
                 await self._require_free_supernet(thread)
@@ -284,7 +285,7 @@ class Node:
             restarts=service.restarts)
 
     async def _examine(self) -> list[wire.Check]:
-        findings = await host.examine(self._thread, self._config.network.supernet)
+        findings = await self._findings.get()
         return [wire.Check(name=f.name, ok=f.ok, severity=f.severity, message=f.message, hint=f.hint)
                 for f in findings]
 
