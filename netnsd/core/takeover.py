@@ -96,6 +96,8 @@ class Takeover:
         try:
             # Something may be left of an attempt that was killed.
             await self._a.network.unwire([(environment.slot, environment.netns)])
+            if self._a.network.is_taken(environment.netns):  # somebody was quicker since the host's start
+                self._registry.rename(environment)
             await self._a.network.wire(environment.slot, environment.netns)
             with self._a.store.transaction():
                 self._a.store.set_boot(environment.id, self._boot_id)

@@ -337,6 +337,22 @@ async def test_what_a_killed_daemon_left_half_made_is_undone_and_the_rest_is_kep
         assert "lost" in world.kinds()
 
 
+async def test_what_comes_back_gets_another_name_where_its_own_is_somebody_elses_since_the_reboot(
+        tmp_path: Path, autojump_clock: trio.testing.MockClock) -> None:
+    world = World(tmp_path)
+    async with world.running() as environments:
+        web = await environments.create(request("web", "server", restart="always", ports=1), ALICE)
+    after = World(tmp_path, boot_id="another boot")
+    after.network.foreign.add("web")
+    async with after.running() as environments:
+        await trio.sleep(1)
+        [found] = environments.registry.all()
+        assert (found.id, found.slot, found.ports) == (web.id, web.slot, web.ports)
+        assert found.netns == after.network.slots[web.slot.index] == "web.alice"
+        assert [e.netns for e in after.store.environments()] == ["web.alice"]
+        assert found.services["s0"].state == "running"
+
+
 async def test_a_reboot_ends_every_environment(tmp_path: Path) -> None:
     world = World(tmp_path)
     async with world.running():
