@@ -81,8 +81,13 @@ class Caretaker:
 
     async def _mend_all(self) -> None:
         environments = [e for e in self._registry.all() if e.state == "ready"]
-        for name in await self._a.network.mend_bridges(self._bridges(environments)):
-            self._emit("bridge_mended", 0, "", "", what=name)
+        try:
+            for name in await self._a.network.mend_bridges(self._bridges(environments)):
+                self._emit("bridge_mended", 0, "", "", what=name)
+        finally:  # those of other bridges do not depend on one that cannot be mended
+            await self._mend_slots(environments)
+
+    async def _mend_slots(self, environments: Iterable[Environment]) -> None:
         waiting = self._pool.waiting
         wiring = await self._a.network.survey()
         self._pool.give_up([slot for slot in waiting if not reconcile.is_wired(slot, wiring)])

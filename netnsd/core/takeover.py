@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+import trio
+
 from netnsd.core import reconcile
 from netnsd.core.interfaces import Adapters, Emit
 from netnsd.core.particulars import Particulars, opening
@@ -74,13 +76,18 @@ class Takeover:
 
     async def _mend(self, actions: reconcile.Actions, lost: dict[str, str]) -> None:
         """What nothing leads to any more is lost: what is left of it is of no use to anybody."""
-        for environment in actions.mend:
+        async def mend(environment: Environment) -> None:
             try:
                 await self._caretaker.mend(environment)
             except NetnsLost as error:
                 lost[environment.id] = error.message
             except NetnsdError as error:  # checks try again
                 self._particulars.tell("mend_failed", environment, reason=error.message)
+
+        # Each that fails tries for a while; one after the other many would take longer than a start may.
+        async with trio.open_nursery() as nursery:
+            for environment in actions.mend:
+                nursery.start_soon(mend, environment)
 
     def _adopt(self, environment: Environment, services: dict[str, Service], observed: reconcile.Observed) -> None:
         environment.state = "ready"

@@ -88,22 +88,31 @@ class Bridges:
         """
         if not look:
             self._forget_lost()
-        wrong = []
+        wrong: list[str] = []
+        failures: list[OSError] = []
         for bridge in needed:
-            if not _is_whole(bridge):
-                wrong.append(bridge.name)
-                if not look:
-                    self._present.discard(bridge.ifindex)
-                    if self.has_link(bridge.name):
-                        self._delete([bridge.ifindex])
-                    self.ensure(bridge)
-                continue
-            for path, value in _settings(bridge.name):
-                if path.read_text().strip() != value:
-                    wrong.append(str(path))
-                    if not look:
-                        _write(path, value)
+            try:
+                self._mend(bridge, wrong, look=look)
+            except OSError as error:  # the others are mended all the same
+                failures.append(error)
+        if failures:
+            raise failures[0]
         return wrong
+
+    def _mend(self, bridge: Bridge, wrong: list[str], *, look: bool) -> None:
+        if not _is_whole(bridge):
+            wrong.append(bridge.name)
+            if not look:
+                self._present.discard(bridge.ifindex)
+                if self.has_link(bridge.name):
+                    self._delete([bridge.ifindex])
+                self.ensure(bridge)
+            return
+        for path, value in _settings(bridge.name):
+            if path.read_text().strip() != value:
+                wrong.append(str(path))
+                if not look:
+                    _write(path, value)
 
     def remove(self) -> None:
         """Remove all of our bridges."""

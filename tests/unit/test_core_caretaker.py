@@ -183,14 +183,31 @@ async def test_a_check_does_not_wait_for_what_cannot_be_removed(
         assert list(environments.registry.all()) == [web]
 
 
-async def test_a_check_mends_although_the_firewall_cannot_be_put_right(
+async def test_a_start_at_which_nothing_can_be_mended_takes_no_longer_for_many(
     tmp_path: Path, autojump_clock: trio.testing.MockClock
+) -> None:
+    world = World(tmp_path)
+    async with world.running() as environments:
+        for number in range(200):
+            await environments.create(request(f"e{number}"), ALICE)
+        await trio.sleep(1)
+        world.network.unlinked |= world.network.slots.keys()
+    world.faults.broken = {"network.mend"}
+    with trio.fail_after(5):
+        async with world.running() as environments:
+            assert world.kinds().count("mend_failed") == len(environments.registry) == 200
+    world.faults.broken = set()
+
+
+@pytest.mark.parametrize("step", ["firewall.check", "network.mend_bridges"])
+async def test_a_check_mends_although_something_else_cannot_be_put_right(
+    tmp_path: Path, autojump_clock: trio.testing.MockClock, step: str
 ) -> None:
     world = World(tmp_path)
     async with world.running() as environments:
         web = await environments.create(request("web", "server"), ALICE)
         world.network.unlinked.add(web.slot.index)
-        world.faults.broken = {"firewall.check"}
+        world.faults.broken = {step}
         with pytest.raises(KernelError):
             await environments.check()
         assert not world.network.unlinked
