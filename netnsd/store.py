@@ -156,9 +156,9 @@ class SqliteStore:
         path, fresh = self._directory / _FILE, self._directory / f"{_FILE}.new"
         self._db.execute("PRAGMA wal_checkpoint(TRUNCATE)")  # where the file is still there it lacks nothing
         fresh.unlink(missing_ok=True)
+        _make(fresh)
         copy = sqlite3.connect(fresh)
         try:
-            os.chmod(fresh, 0o600)
             self._db.backup(copy)
         finally:
             copy.close()
@@ -339,7 +339,17 @@ def _translated() -> Iterator[None]:
                          hint="Is the disk of the state directory full, or not writable?") from error
 
 
+def _make(path: Path) -> None:
+    """Have the file there, for root alone: others can open what SQLite makes until its mode is changed."""
+    try:
+        os.close(os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600))
+    except OSError as error:
+        raise StoreError(f"the state file: {error.strerror}: {path}",
+                         hint="Is the disk of the state directory full, or not writable?") from error
+
+
 def _open(path: Path) -> sqlite3.Connection:
+    _make(path)
     database = sqlite3.connect(path, isolation_level=None, timeout=5.0)
     try:
         os.chmod(path, 0o600)

@@ -7,6 +7,7 @@ import json
 import os
 import shutil
 import sqlite3
+import stat
 from collections.abc import Iterator
 from contextlib import closing
 from pathlib import Path
@@ -334,6 +335,22 @@ def test_a_slot_outside_the_supernet_is_named(tmp_path: Path) -> None:
     with pytest.raises(StoreError, match="slot 200"):
         small.environments()
     small.close()
+
+
+def test_nobody_else_can_open_the_state_file_at_any_moment(
+        tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    modes = []
+
+    def connect(path: Path, **options: Any) -> sqlite3.Connection:
+        made = sqlite3.Connection(path, **options)
+        modes.append(stat.S_IMODE(os.stat(path).st_mode))
+        return made
+
+    monkeypatch.setattr("netnsd.store.sqlite3.connect", connect)
+    with closing(SqliteStore(tmp_path / "state", PLAN)) as store:
+        shutil.rmtree(tmp_path / "state")
+        assert store.restore()
+    assert modes == [0o600] * 3
 
 
 @pytest.mark.parametrize("pragma", ["query_only = ON", "max_page_count = 1"], ids=["read-only", "full"])
