@@ -11,7 +11,7 @@ import trio
 
 from netnsd.core.environment import Command, Environment
 from netnsd.core.interfaces import Adapters, Exited, Launch
-from netnsd.errors import LauncherUnavailable
+from netnsd.errors import KernelError, LauncherUnavailable
 
 # Builds what the launcher is told: environment, command, group, launch id, and a descriptor for its output.
 LaunchOf = Callable[[Environment, Command, str, str, int], Launch]
@@ -64,7 +64,10 @@ class Errands:
     async def _start(self, environment: Environment, command: Command, group: str, launch_id: str) -> None:
         await self._a.cgroups.remove(group)  # of a daemon that was killed meanwhile
         await self._a.cgroups.create(group)
-        output = os.open("/dev/null", os.O_WRONLY | os.O_CLOEXEC)
+        try:
+            output = os.open("/dev/null", os.O_WRONLY | os.O_CLOEXEC)
+        except OSError as error:
+            raise KernelError.at("stdio", error) from error
         try:
             await self._a.processes.launch(self._launch_of(environment, command, group, launch_id, output))
         finally:

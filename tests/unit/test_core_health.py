@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 from pathlib import Path
 from typing import Any
 
@@ -189,6 +190,26 @@ async def test_what_nobody_can_tell_says_nothing_of_a_server(tmp_path: Path, aut
             world.processes.end(world.processes.launches[-1].launch_id, 0)
         await trio.sleep(9 if trouble == "launcher lost" else 30)  # before the next check, which would be too late
         assert environment.services["main"].health == "healthy"
+
+
+async def test_a_command_for_which_there_is_no_descriptor_says_nothing_of_a_server(
+        tmp_path: Path, autojump_clock: Clock, monkeypatch: pytest.MonkeyPatch) -> None:
+    world = World(tmp_path)
+    async with world.running():
+        await make(world, COMMAND)
+        await trio.sleep(0.05)
+
+        def refuse(path: str, flags: int) -> int:
+            raise OSError(errno.EMFILE, f"{path} {flags}")
+
+        with monkeypatch.context() as patch:
+            patch.setattr("netnsd.core.errands.os.open", refuse)
+            before = len(world.processes.launches)
+            await trio.sleep(60)
+            assert len(world.processes.launches) == before
+        await trio.sleep(11)
+        assert len(world.processes.launches) > before
+        assert told(world) == []
 
 
 @pytest.mark.parametrize("check", [TCP, COMMAND])
