@@ -83,7 +83,7 @@ def test_environments_with_a_restart_policy_come_back_and_the_others_end_with_an
         assert "nd" not in host.run(["ip", "-br", "link"], check=True).stdout.replace("uplink", "")
 
 
-def test_a_name_that_is_taken_after_the_reboot_ends_that_environment_alone(host: HostNamespace) -> None:
+def test_where_its_name_is_taken_after_the_reboot_an_environment_has_another(host: HostNamespace) -> None:
     with Daemon(host) as daemon:
         for name in ("web", "db"):
             Api(daemon, ALICE).create(name, restart="always")
@@ -93,6 +93,9 @@ def test_a_name_that_is_taken_after_the_reboot_ends_that_environment_alone(host:
         boot_id = host.write(f"{daemon.base}/boot_id", f"{uuid.uuid4()}\n")
         host.run(["mount", "--bind", boot_id, "/proc/sys/kernel/random/boot_id"], check=True)
         daemon.start()
-        assert [e["name"] for e in daemon.ctl_json("ls", user=ALICE)] == ["db"]
+        found = {e["name"]: e["netns"] for e in daemon.ctl_json("ls", user=ALICE)}
+        assert found == {"web": "/run/netns/web.alice", "db": "/run/netns/db"}
+        for name in found:
+            daemon.ctl("wait", name, "--timeout", "10", user=ALICE, check=True)
         assert os.stat(host.path("/run/netns/web")).st_ino == theirs
         assert daemon.ctl_json("doctor")["differences"] == []
