@@ -52,6 +52,10 @@ class Takeover:
         actions = reconcile.plan(desired, observed)
         lost = dict.fromkeys((e.id for e in actions.lost), _REBOOTED)
         await self._mend(actions, lost)
+        for environment, _ in actions.remake:
+            # Whose port it is now would be robbed of those who connect to it, root among them.
+            if taken := [p for p in environment.ports if self._a.firewall.is_listening(p.protocol, p.published)]:
+                lost[environment.id] = f"published port {taken[0].published}/{taken[0].protocol} is another's now"
         # Nobody reaches anything of before until what may reach it is known.
         await self._a.firewall.restore([opening(e) for e, _ in (*actions.adopt, *actions.remake) if e.id not in lost])
         for environment, services in actions.adopt:
@@ -59,7 +63,8 @@ class Takeover:
                 self._adopt(environment, services, observed)
         await self._caretaker.clear(actions.orphans)
         for environment, services in actions.remake:
-            await self._remake(environment, services, observed, lost)
+            if environment.id not in lost:
+                await self._remake(environment, services, observed, lost)
         gone = [e for e in desired if e.id in lost]
         await self._removal.remove_quietly(actions.undo + gone)
         for environment in gone:

@@ -5,7 +5,9 @@ from __future__ import annotations
 import json
 import os
 import signal
+import subprocess
 import uuid
+from collections.abc import Callable
 from typing import Any
 
 from tests.harness import ALICE, BOB, Daemon, HostNamespace, cgroups, wait_until
@@ -13,8 +15,11 @@ from tests.system.api import Api
 from tests.system.clients import ask, echo_server, main_of, published
 
 
-def _reboot(daemon: Daemon) -> None:
-    """Kill everything, take away all that a kernel forgets and what lies on its tmpfs, and have another boot id."""
+def _reboot(daemon: Daemon, before: Callable[[], None] = lambda: None) -> None:
+    """Kill everything, take away all that a kernel forgets and what lies on its tmpfs, and have another boot id.
+
+    ``before`` is called before the daemon starts.
+    """
     host = daemon.host
     daemon.kill()
     for pid in daemon.launcher_pids():
@@ -27,6 +32,7 @@ def _reboot(daemon: Daemon) -> None:
         "for link in $(ip -o link | sed -n 's/^[0-9]*: \\(nd[^:@]*\\).*/\\1/p'); do ip link delete $link; done;"
         f"umount {daemon.runtime_dir}/slots/* || :; umount {daemon.runtime_dir}/slots; umount /run/netns;"
         f"rm -rf {daemon.runtime_dir} /run/netns; mount --bind {boot_id} /proc/sys/kernel/random/boot_id")], check=True)
+    before()
     daemon.start()
 
 
@@ -81,6 +87,30 @@ def test_environments_with_a_restart_policy_come_back_and_the_others_end_with_an
         assert daemon.ctl_json("doctor")["differences"] == []
         assert daemon.stop() == 0
         assert "nd" not in host.run(["ip", "-br", "link"], check=True).stdout.replace("uplink", "")
+
+
+def test_a_port_that_is_taken_after_the_reboot_stays_whose_it_is(host: HostNamespace) -> None:
+    with Daemon(host) as daemon:
+        for name, port in (("web", 20000), ("db", 20001)):
+            Api(daemon, ALICE).create(name, command=echo_server(name, 3000), restart="always",
+                                      ports=[{"port": 3000, "publish": port}])
+
+        def before() -> None:
+            servers.append(host.popen(echo_server("theirs", 20000)))
+            wait_until(lambda: ask(host, "tcp", "127.0.0.1", 20000) == "theirs heard hello", what="the host's server")
+
+        servers: list[subprocess.Popen[bytes]] = []
+        try:
+            _reboot(daemon, before)
+            assert [e["name"] for e in daemon.ctl_json("ls", user=ALICE)] == ["db"]
+            for user in (None, ALICE, BOB):
+                assert ask(host, "tcp", "127.0.0.1", 20000, user=user) == "theirs heard hello"
+            assert [line for line in daemon.log().splitlines() if '"lost"' in line and "20000/tcp" in line]
+            assert daemon.ctl_json("doctor")["differences"] == []
+        finally:
+            for server in servers:
+                server.kill()
+                server.wait()
 
 
 def test_where_its_name_is_taken_after_the_reboot_an_environment_has_another(host: HostNamespace) -> None:
