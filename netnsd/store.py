@@ -248,6 +248,12 @@ class SqliteStore:
         with _translated():
             return frozenset(row["id"] for row in self._db.execute("SELECT id FROM environments"))
 
+    def set_command(self, environment_id: str, service: Service) -> None:
+        """See ``core.interfaces.Store``."""
+        with _translated():
+            self._db.execute("UPDATE services SET command = ? WHERE environment = ? AND name = ?",
+                             (_dumped(service.command), environment_id, service.name))
+
     def set_boot(self, environment_id: str, boot_id: str) -> None:
         """See ``core.interfaces.Store``."""
         with _translated():

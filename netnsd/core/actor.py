@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
 
 
@@ -20,3 +21,7 @@ class Actor:
     def may_see(self, uid: int) -> bool:
         """Whether environments of ``uid`` exist for this caller at all."""
         return self.is_admin or uid == self.uid
+
+
+# Who a user is now, with the groups that a login would give; None where there is no such account any more.
+Account = Callable[[int], Awaitable[Actor | None]]

@@ -16,7 +16,7 @@ import trio
 
 from netnsd import wire
 from netnsd.core import specification
-from netnsd.core.actor import Actor
+from netnsd.core.actor import Account, Actor
 from netnsd.core.addressing import Plan, Slot
 from netnsd.core.admission import AT_ONCE, Admission
 from netnsd.core.allocation import SlotAllocator
@@ -42,7 +42,8 @@ _MANY_AT_ONCE = 4  # of one request: half of what the host does at once
 class Environments:
     """All environments of this host. ``run`` must be running while anything else is called."""
 
-    def __init__(self, adapters: Adapters, plan: Plan, settings: Settings, emit: Emit) -> None:
+    def __init__(self, adapters: Adapters, plan: Plan, settings: Settings, emit: Emit,
+                 account: Account) -> None:
         self._a = adapters
         self._plan = plan
         self.settings = settings
@@ -63,7 +64,7 @@ class Environments:
                                    particulars=self._particulars, settling=self._settling, removal=self._removal,
                                    pool=self.pool)
         self._takeover = Takeover(
-            adapters, settings.boot_id, emit, registry=self.registry, supervisor=self._supervisor,
+            adapters, settings.boot_id, emit, account, registry=self.registry, supervisor=self._supervisor,
             particulars=self._particulars, settling=self._settling, removal=self._removal, caretaker=self.caretaker)
 
     # -- life ---------------------------------------------------------------------------------------------------

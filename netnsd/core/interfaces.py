@@ -183,13 +183,14 @@ class Wiring:
 
     ``pinned``: its namespace is. ``names`` in /run/netns lead to that namespace. ``master``: the interface index of
     what the host's end of its link is a port of (0: of nothing), None where there is no such link. ``is_sound``: that
-    link is up, and carries our mark.
+    link is up, and carries our mark. ``mac``: that end's, which tells an address; empty where nobody knows it.
     """
 
     pinned: bool = False
     names: frozenset[str] = frozenset()
     master: int | None = None
     is_sound: bool = False
+    mac: bytes = b""
 
 
 @dataclass(frozen=True, slots=True)
@@ -369,6 +370,10 @@ class Store(Protocol):
 
     def set_state(self, environment_id: str, state: str) -> None:
         """Write an environment's stored state."""
+        ...
+
+    def set_command(self, environment_id: str, service: Service) -> None:
+        """Write what a service runs, and as what."""
         ...
 
     def set_boot(self, environment_id: str, boot_id: str) -> None:

@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 import trio
 
 from netnsd.core import reconcile
-from netnsd.core.interfaces import Adapters, Emit
+from netnsd.core.interfaces import Adapters, Emit, Wiring
 from netnsd.core.particulars import Particulars, opening
 from netnsd.core.pool import FIRST_SERVICE
 from netnsd.core.supervisor import Supervisor, group_of
-from netnsd.errors import KernelError, NetnsdError, NetnsLost
+from netnsd.errors import ConfigError, KernelError, NetnsdError, NetnsLost
 
 if TYPE_CHECKING:
+    from netnsd.core.actor import Account, Actor
     from netnsd.core.caretaker import Caretaker
     from netnsd.core.environment import Environment, Service
     from netnsd.core.registry import Registry
@@ -26,11 +28,13 @@ _REBOOTED = "the host was started anew"
 class Takeover:
     """Done once, before anybody can ask for anything."""
 
-    def __init__(self, adapters: Adapters, boot_id: str, emit: Emit, *, registry: Registry, supervisor: Supervisor,
-                 particulars: Particulars, settling: Settling, removal: Removal, caretaker: Caretaker) -> None:
+    def __init__(self, adapters: Adapters, boot_id: str, emit: Emit, account: Account, *, registry: Registry,
+                 supervisor: Supervisor, particulars: Particulars, settling: Settling, removal: Removal,
+                 caretaker: Caretaker) -> None:
         self._a = adapters
         self._boot_id = boot_id
         self._emit = emit
+        self._account = account
         self._registry = registry
         self._supervisor = supervisor
         self._particulars = particulars
@@ -39,8 +43,12 @@ class Takeover:
         self._caretaker = caretaker
 
     async def run(self) -> None:
-        """Do it. Every environment of the state file is whole afterwards, or going. Raises KernelError, StoreError."""
+        """Do it. Every environment of the state file is whole afterwards, or going.
+
+        Raises KernelError, StoreError, and ConfigError, with nothing changed, where the addresses are other ones now.
+        """
         desired = self._a.store.environments()
+        await self._require_addresses(desired)
         for environment in desired:
             self._registry.remember(environment)
         try:
@@ -69,6 +77,16 @@ class Takeover:
         await self._removal.remove_quietly(actions.undo + gone)
         for environment in gone:
             self._particulars.tell("lost", environment, reason=lost[environment.id])
+
+    async def _require_addresses(self, desired: list[Environment]) -> None:
+        """What runs knows its address, and is reached by no other."""
+        wiring = await self._a.network.survey()
+        for environment in desired:
+            mac = wiring.get(environment.slot.index, Wiring()).mac
+            if mac not in (b"", environment.slot.port_mac):
+                raise ConfigError(
+                    f"[network] supernet: {environment.name!r} runs at another address than {environment.slot.address}",
+                    hint="Restore [network] supernet and bridge_ports, remove the environments, and change them then.")
 
     async def _mend_bridges(self, desired: list[Environment]) -> None:
         """First: with a bridge that is made anew, the links that were its ports are what there is to mend."""
@@ -105,13 +123,20 @@ class Takeover:
     async def _remake(self, environment: Environment, services: dict[str, Service], observed: reconcile.Observed,
                       lost: dict[str, str]) -> None:
         """Make an environment of an earlier boot again, with its id, address and ports; its services follow."""
+        account = await self._account(environment.uid)
+        if account is None or account.user != environment.user:
+            lost[environment.id] = f"there is no user {environment.user!r} any more"
+            return
         try:
-            # Something may be left of an attempt that was killed.
-            await self._a.network.unwire([(environment.slot, environment.netns)])
+            if environment.slot.index in observed.wiring:  # left of an attempt that was killed
+                await self._a.network.unwire([(environment.slot, environment.netns)])
             if self._a.network.is_taken(environment.netns):  # somebody was quicker since the host's start
                 self._registry.rename(environment)
             await self._a.network.wire(environment.slot, environment.netns)
+            services = {name: as_now(service, account) for name, service in services.items()}
             with self._a.store.transaction():
+                for service in services.values():
+                    self._a.store.set_command(environment.id, service)
                 self._a.store.set_boot(environment.id, self._boot_id)
         except (NetnsdError, ExceptionGroup) as error:
             lost[environment.id] = f"it could not be made again: {error}"
@@ -132,3 +157,11 @@ class Takeover:
             running={r.launch_id: r.pid for r in running},
             exited={x.launch_id: x.code for x in exited},
         )
+
+
+def as_now(service: Service, account: Actor) -> Service:
+    """A service with those of its creator's groups only that a login would still give."""
+    groups = {account.gid, *account.groups}
+    command = replace(service.command, groups=tuple(g for g in service.command.groups if g in groups),
+                      gid=service.command.gid if service.command.gid in groups else account.gid)
+    return service.changed(command=command)

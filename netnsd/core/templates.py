@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import math
 import uuid
-from collections.abc import Awaitable, Callable
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
@@ -22,7 +21,7 @@ from netnsd.core.registry import Blueprint
 from netnsd.errors import InvalidRequest, KernelError, NameTaken, NetnsdError, NotFound, WrongState
 
 if TYPE_CHECKING:
-    from netnsd.core.actor import Actor
+    from netnsd.core.actor import Account, Actor
     from netnsd.core.environments import Environments
     from netnsd.core.interfaces import Adapters, Emit
 
@@ -32,9 +31,6 @@ MOST_BYTES = 1 << 20  # of one user's specifications, as JSON
 _READY_SECONDS = 60.0
 _FIRST_AGAIN_SECONDS, _LONGEST_AGAIN_SECONDS = 1.0, 60.0
 _CALM_SECONDS = 2 * (_READY_SECONDS + _LONGEST_AGAIN_SECONDS)
-
-# Who a user is now, with the groups that a login would give; None where there is no such account any more.
-Account = Callable[[int], Awaitable["Actor | None"]]
 
 
 class Stock:

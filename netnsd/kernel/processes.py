@@ -147,7 +147,8 @@ class LauncherProcesses:
 
     def look(self) -> None:
         """Have the launcher make its socket's file anew where somebody has removed it: the next daemon needs it."""
-        if self._starts and self.launcher_pid is not None and not os.path.lexists(self._socket_path):
+        # One of an earlier version would end by the signal.
+        if self._starts and self._joins and self.launcher_pid is not None and not os.path.lexists(self._socket_path):
             with contextlib.suppress(ProcessLookupError):
                 os.kill(self.launcher_pid, signal.SIGHUP)
 

@@ -58,7 +58,8 @@ def take(pins: Path, names: Path) -> dict[int, Wiring]:
             names=frozenset(leading[namespace]) if namespace is not None else frozenset(),
             master=None if link is None else link.master,
             is_sound=link is not None and link.is_up and link.group == rtnetlink.LINK_GROUP
-            and link.alias == rtnetlink.LINK_ALIAS)
+            and link.alias == rtnetlink.LINK_ALIAS,
+            mac=b"" if link is None else link.mac)
     return found
 
 

@@ -13,6 +13,7 @@ import trio
 import trio.testing
 
 from netnsd import wire
+from netnsd.api import peer
 from netnsd.core.environments import Environments
 from netnsd.core.interfaces import Adapters
 from netnsd.core.registry import Settings
@@ -41,7 +42,8 @@ async def service(subjects: Subjects, faults: Faults) -> AsyncIterator[Environme
                         wrap(subjects.processes, "processes"), wrap(subjects.cgroups, "cgroups"),
                         wrap(subjects.store, "store"), wrap(subjects.files, "files"), FakeClock(),
                         wrap(subjects.probes, "probes"))
-    environments = Environments(adapters, PLAN, Settings((20000, 20009), True, "b"), lambda *_, **__: None)
+    environments = Environments(adapters, PLAN, Settings((20000, 20009), True, "b"), lambda *_, **__: None,
+                                peer.account)
     async with trio.open_nursery() as nursery:
         await nursery.start(environments.run)
         yield environments

@@ -73,7 +73,7 @@ class World:
                 wrap(self.cgroups, "cgroups"), wrap(self.store, "store"), wrap(self.files, "files"), self.clock,
                 wrap(self.probes, "probes"))
             self.processes.restart_daemon()
-            self.environments = Environments(adapters, self.plan, self.settings, self._emit)
+            self.environments = Environments(adapters, self.plan, self.settings, self._emit, self._account)
             self.templates = Templates(self.environments, adapters, self._account, self._emit)
             async with trio.open_nursery() as nursery:
                 await nursery.start(self.environments.run)

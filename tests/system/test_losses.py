@@ -159,3 +159,19 @@ def test_where_its_name_is_somebody_elses_now_an_environment_has_another(daemon:
         daemon.ctl("rm", "web", user=ALICE, check=True)
         assert os.stat(host.path("/run/netns/web")).st_ino == theirs
         _run(host, "ip netns delete web")
+
+
+def test_another_supernet_is_refused_while_environments_run_and_nothing_is_changed(daemon: Daemon) -> None:
+    web = _echoing(daemon)
+    assert daemon.stop() == 0
+    try:
+        daemon.configure({"network": {"supernet": "10.204.0.0/16"}})
+        done = daemon.host.run(daemon.command, timeout=10)
+        assert done.returncode == 78
+        assert "[network] supernet: 'web' runs at another address than 10.204." in done.stderr
+        assert ask(daemon.host, "tcp", "127.0.0.1", published(web), user=ALICE) == "alice heard hello"
+    finally:
+        daemon.configure({})
+        daemon.start()
+    assert daemon.ctl_json("show", "web", user=ALICE) == web
+    assert ask(daemon.host, "tcp", web["address"], 3000, user=ALICE) == "alice heard hello"

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import contextlib
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import trio
 import trio.testing
 
+from netnsd.core.actor import Actor
 from netnsd.core.environment import Environment, Service
 from netnsd.core.interfaces import Exited
 from netnsd.errors import KernelError, LaunchFailed, NetnsdError, StoreError
@@ -362,6 +364,36 @@ async def test_a_reboot_ends_every_environment(tmp_path: Path) -> None:
         await settled()
         assert after.held() == {}
         assert "lost" in after.kinds()
+
+
+async def test_what_comes_back_after_a_reboot_has_no_group_that_its_user_has_lost(tmp_path: Path) -> None:
+    world = World(tmp_path)
+    async with world.running() as environments:
+        await environments.create(request("web", "server", restart="always"), replace(ALICE, groups=(1001, 100, 7)))
+    after = World(tmp_path, boot_id="another boot")
+    after.accounts[ALICE.uid] = replace(ALICE, groups=(1001, 7, 8))
+    for _ in range(2):  # and stays without it
+        async with after.running() as environments:
+            await settled()
+            (web,) = environments.registry.all()
+            (service,) = web.services.values()
+            assert (service.command.gid, service.command.groups) == (ALICE.gid, (1001, 7))
+
+
+@pytest.mark.parametrize("account", [None, replace(ALICE, user="eve")], ids=["gone", "somebody else's"])
+async def test_what_would_come_back_for_nobody_is_lost(tmp_path: Path, account: Actor | None) -> None:
+    world = World(tmp_path)
+    async with world.running() as environments:
+        await environments.create(request("web", "server", restart="always"), ALICE)
+    after = World(tmp_path, boot_id="another boot")
+    del after.accounts[ALICE.uid]
+    if account is not None:
+        after.accounts[ALICE.uid] = account
+    async with after.running():
+        await settled()
+        assert after.held() == {}
+        assert [details["reason"] for kind, _, details in after.events if kind == "lost"] == [
+            "there is no user 'alice' any more"]
 
 
 async def test_a_start_goes_on_when_an_orphan_cannot_be_removed(tmp_path: Path) -> None:
