@@ -113,8 +113,12 @@ class KernelNetwork:
 
     async def mend_bridges(self, needed: Sequence[Bridge], *, look: bool = False) -> Sequence[str]:
         """See ``core.interfaces.Network``."""
-        return await self._thread.run(_translated("bridge", lambda: self._bridges.mend(needed, look=look)),
-                                      Priority.CHECK)
+        def mend() -> list[str]:
+            if not look and not (self._pins.exists() and NETNS_DIRECTORY.exists()):
+                self._make_directories()
+            return self._bridges.mend(needed, look=look)
+
+        return await self._thread.run(_translated("bridge", mend), Priority.CHECK)
 
     def is_taken(self, netns: str) -> bool:
         """See ``core.interfaces.Network``."""
@@ -132,10 +136,7 @@ class KernelNetwork:
 
     def _open(self) -> None:
         try:
-            for directory in (NETNS_DIRECTORY, self._pins):
-                directory.mkdir(mode=0o755, parents=True, exist_ok=True)
-            _make_mount(NETNS_DIRECTORY, libc.MS_SHARED)
-            _make_mount(self._pins, libc.MS_PRIVATE)
+            self._make_directories()
             # No row tells of a name that somebody was about to give to what has another.
             for name in os.listdir(NETNS_DIRECTORY):
                 status = survey.inode(f"{NETNS_DIRECTORY}/{name}")
@@ -145,6 +146,12 @@ class KernelNetwork:
         except OSError as error:
             raise KernelError.at("open", error) from error
         self._bridges.load()
+
+    def _make_directories(self) -> None:
+        for directory in (NETNS_DIRECTORY, self._pins):
+            directory.mkdir(mode=0o755, parents=True, exist_ok=True)
+        _make_mount(NETNS_DIRECTORY, libc.MS_SHARED)
+        _make_mount(self._pins, libc.MS_PRIVATE)
 
     def _close(self, *, remove: bool) -> None:
         if self._route is not None:

@@ -44,9 +44,9 @@ def take(pins: Path, names: Path) -> dict[int, Wiring]:
 
     Raises OSError.
     """
-    pinned = {int(entry): namespace_at(f"{pins}/{entry}") for entry in os.listdir(pins) if entry.isdigit()}
+    pinned = {int(entry): namespace_at(f"{pins}/{entry}") for entry in _entries(pins) if entry.isdigit()}
     leading: defaultdict[int | None, set[str]] = defaultdict(set)
-    for name in os.listdir(names):
+    for name in _entries(names):
         leading[namespace_at(f"{names}/{name}")].add(name)
     with contextlib.closing(rtnetlink.RouteSocket()) as route:
         links = {port.index - FIRST_PORT_IFINDEX: port for port in route.ports() if _is_ours(port)}
@@ -63,6 +63,14 @@ def take(pins: Path, names: Path) -> dict[int, Wiring]:
     return found
 
 
+def _entries(directory: Path) -> list[str]:
+    """Of a directory that somebody may have removed."""
+    try:
+        return os.listdir(directory)
+    except FileNotFoundError:
+        return []
+
+
 def _is_ours(port: rtnetlink.Port) -> bool:
     """By index and name, which are chosen together; whatever else it lost."""
     return port.index >= FIRST_PORT_IFINDEX and port.name == f"{PORT_PREFIX}{port.index - FIRST_PORT_IFINDEX}"
@@ -70,7 +78,7 @@ def _is_ours(port: rtnetlink.Port) -> bool:
 
 def inspect(pins: Path, names: Path) -> Inspection:
     """See ``core.interfaces.Network.inspect``. Arguments as of ``take``. Raises OSError."""
-    slots = {namespace: int(entry) for entry in os.listdir(pins)
+    slots = {namespace: int(entry) for entry in _entries(pins)
              if entry.isdigit() and (namespace := namespace_at(f"{pins}/{entry}")) is not None}
     found: defaultdict[int, list[Inhabitant]] = defaultdict(list)
     for pid, namespace in inhabitants.find(slots.keys()):

@@ -43,6 +43,7 @@ LOSSES: dict[str, list[str]] = {
     "name": ["ip netns delete web"],
     "pin": ["umount {run}/slots/{slot}"],
     "pin and its file": ["umount {run}/slots/{slot}", "rm {run}/slots/{slot}"],
+    "all pins": ["umount -l {run}/slots", "rm -rf {run}/slots"],
     "link and name": ["ip link delete {link}", "ip netns delete web"],
     "bridge": ["ip link delete ndbr0"],
     "bridge is down": ["ip link set ndbr0 down"],
