@@ -67,6 +67,10 @@ class Bridges:
         """Make the bridge unless it is there. Raises OSError with a ``stage``-less errno."""
         if bridge.ifindex in self._present:
             return
+        if _is_whole(bridge):  # forgotten by a mistake, it has environments: it must not be made anew
+            _configure(bridge.name)
+            self._present.add(bridge.ifindex)
+            return
         try:
             with _route() as route:
                 # A fixed MAC: without one a bridge takes its lowest port's, which changes as environments come.
@@ -103,9 +107,8 @@ class Bridges:
         if not _is_whole(bridge):
             wrong.append(bridge.name)
             if not look:
+                self._delete([bridge.ifindex])
                 self._present.discard(bridge.ifindex)
-                if self.has_link(bridge.name):
-                    self._delete([bridge.ifindex])
                 self.ensure(bridge)
             return
         for path, value in _settings(bridge.name):
@@ -119,20 +122,14 @@ class Bridges:
         self._delete(sorted(self._present))
         self._present.clear()
 
-    def has_link(self, name: str) -> bool:
-        """Whether the host has a link of that name."""
-        try:
-            socket.if_nametoindex(name)
-        except OSError:
-            return False
-        return True
-
     def _forget_lost(self) -> None:
         """Of what somebody has deleted while no environment needed it, nobody tells the next that does."""
         for index in list(self._present):
             try:
                 socket.if_indextoname(index)
-            except OSError:
+            except OSError as error:
+                if error.errno not in (errno.ENXIO, errno.ENODEV):  # nobody could tell
+                    raise
                 self._present.discard(index)
 
     def _delete(self, indexes: list[int]) -> None:

@@ -41,6 +41,7 @@ ELSEWHERE = {
     "kernel.processes.LauncherProcesses.look:": "a socket that somebody removed: tests/system/test_hostility_files.py",
     "store.SqliteStore.ids:": "the doctor's look",
     "store.SqliteStore.set_boot:": "another boot: tests/system/test_reboot.py",
+    "store.SqliteStore.set_command:": "another boot: tests/system/test_reboot.py",
     "daemon.main.launcher:": "the program of the launcher's unit: it becomes the launcher",
     "kernel._monitor.": "commands that users run: tests/kernel/test_attach.py",
     "kernel.launcher.Launcher._attach:": "commands that users run: tests/kernel/test_attach.py",
