@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import os
+import socket
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from typing import Any
@@ -16,11 +17,13 @@ from netnsd import wire
 from netnsd.api import peer
 from netnsd.core.environments import Environments
 from netnsd.core.interfaces import Adapters
+from netnsd.core.reconcile import faults
 from netnsd.core.registry import Settings
 from netnsd.errors import LaunchFailed, NetnsdError
 from netnsd.kernel import bridges, libc, namespace_thread, rtnetlink
+from netnsd.kernel.network import KernelNetwork
 from tests.conformance.conftest import IS_REAL
-from tests.conformance.subjects import PLAN, RealSubjects, Subjects
+from tests.conformance.subjects import PLAN, RealSubjects, Subjects, environment
 from tests.fakes import FakeClock, Faults, actor
 from tests.fakes.faults import cancelling, failing
 
@@ -163,3 +166,27 @@ async def test_a_service_that_cannot_start_takes_everything_along(subjects: Subj
             with pytest.raises(LaunchFailed):
                 await environments.create(IMPOSSIBLE, ALICE)
             assert await held(subjects, environments) == {}
+
+
+async def test_a_bridge_that_is_there_is_neither_forgotten_nor_made_anew_by_a_mistake(
+    subjects: Subjects, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert isinstance(subjects, RealSubjects)
+    network = subjects.network
+    assert isinstance(network, KernelNetwork)
+    slots = [PLAN.slot(index) for index in range(3)]
+    await network.wire(slots[0], "e0")
+
+    def unable(_index: int) -> str:
+        raise OSError(errno.EMFILE, os.strerror(errno.EMFILE))
+
+    with monkeypatch.context() as patched:
+        patched.setattr(socket, "if_indextoname", unable)
+        with pytest.raises(NetnsdError):
+            await network.mend_bridges([slots[0].bridge])
+    await network.wire(slots[1], "e1")
+    network._bridges._present.clear()  # whatever mistake it was
+    await network.wire(slots[2], "e2")
+    wiring = await network.survey()
+    for number, slot in enumerate(slots):
+        assert faults(environment(slot, f"e{number}"), wiring) == ()

@@ -43,6 +43,4 @@ FOUND = (
     _fails("start of the daemon", "kernel.loss_watch.names:libc.inotify_init1", "EMFILE"),
     # A look at the state file that failed ended the daemon.
     _fails("repair of the state", "store._identity:os.stat", "ENOMEM", at=2),
-    # A bridge that could not be looked at was taken for gone; the next creation failed, and took it away indeed.
-    _fails("repair of the state", "kernel.bridges.Bridges._forget_lost:socket.if_indextoname", "ENOMEM"),
 )
