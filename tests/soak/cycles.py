@@ -35,7 +35,8 @@ _ROUND_SECONDS = 180.0
 class Sizes:
     """How many cycles each stretch has at most, in rounds of so many per client, and a sample after so many rounds.
 
-    ``calm``: how many seconds pass between two deaths, least and most.
+    ``calm``: how many seconds pass between two deaths, least and most. ``patience_seconds``: how long the last sample
+    waits for the kernel to destroy what was let go.
     """
 
     warm_up: int = 400
@@ -44,6 +45,7 @@ class Sizes:
     per_client: int = 25
     rounds_per_sample: int = 5
     calm: tuple[float, float] = (1.5, 5.0)
+    patience_seconds: float = 120.0
 
     @property
     def total(self) -> int:
@@ -96,6 +98,7 @@ class Cycles:
         self.steady = list(self.samples)
         assert len({sample.pids for sample in self.steady}) == 1, "a process died in the steady stretch"
         self._stretch(sizes.rough, sizes, begin + seconds, is_rough=True)
+        samples.let_namespaces_go(sizes.patience_seconds)
         self._sample()
 
     def rows(self) -> list[Row]:

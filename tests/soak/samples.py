@@ -6,6 +6,7 @@ import contextlib
 import json
 import os
 import sys
+import time
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -37,6 +38,7 @@ _OF_PROCESSES: dict[str, tuple[float | None, str]] = {
     "launcher: descriptors": (4, ""), "launcher: threads": (0, ""), "launcher: resident": (4, "MiB"),
     "launcher: children": (0, ""),
 }
+_FEW_NAMESPACES = 100  # those of the host, the pool and the machine, and what a slab counts as in use
 _OF_HOST: dict[str, tuple[float | None, str]] = {
     "names": (0, ""), "pins": (0, ""), "links": (0, ""), "elements": (0, ""), "cgroups": (0, ""), "mounts": (0, ""),
     "neighbours": (0, ""), "routes": (0, ""), "conntrack entries": (None, ""), "conntrack entries that stay": (0, ""),
@@ -147,6 +149,16 @@ def _of_the_kernel() -> dict[str, float]:
         return found
     active = {fields[0]: int(fields[1]) for fields in map(str.split, lines[2:])}
     return {**found, **{f"slab: {cache}": active[cache] for cache in _CACHES if cache in active}}
+
+
+def let_namespaces_go(seconds: float) -> None:
+    """Wait until the kernel has destroyed the namespaces that were let go, so long at most.
+
+    One in which a connection was open when it was removed lives until its sockets have given up (tcp_orphan_retries).
+    """
+    deadline = time.monotonic() + seconds
+    while time.monotonic() < deadline and _of_the_kernel().get("slab: net_namespace", 0.0) > _FEW_NAMESPACES:
+        time.sleep(1)
 
 
 def _parent_of(pid: int) -> int:

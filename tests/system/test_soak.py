@@ -12,7 +12,8 @@ from tests.soak.figures import table
 def test_cycles_of_creation_use_and_removal_leave_nothing_though_the_daemon_dies() -> None:
     told: list[str] = []
     with cycles.on_a_host(2026, told.append) as run:
-        run.run(cycles.Sizes(warm_up=40, steady=80, rough=30, per_client=10, calm=(0.1, 0.8)), seconds=90)
+        run.run(cycles.Sizes(warm_up=40, steady=80, rough=30, per_client=10, calm=(0.1, 0.8),
+                             patience_seconds=0), seconds=90)
         rows = run.rows()
         assert run.failures == []
         assert run.differences == []
