@@ -79,6 +79,31 @@ ALTER TABLE services ADD COLUMN health_check TEXT;
 ALTER TABLE services ADD COLUMN restarts INTEGER NOT NULL DEFAULT 0;
 ALTER TABLE services ADD COLUMN tries INTEGER NOT NULL DEFAULT 0;
 ALTER TABLE services ADD COLUMN health TEXT;
+""", """
+ALTER TABLE environments ADD COLUMN egress TEXT NOT NULL DEFAULT 'allow';
+ALTER TABLE environments ADD COLUMN request TEXT NOT NULL DEFAULT '';
+CREATE TABLE tokens (
+    id TEXT PRIMARY KEY,
+    name TEXT NOT NULL,
+    uid INTEGER NOT NULL,
+    user TEXT NOT NULL,
+    hash BLOB NOT NULL UNIQUE,
+    scopes TEXT NOT NULL,
+    created_at TEXT NOT NULL,
+    expires_at TEXT
+) STRICT;
+CREATE TABLE policies (
+    uid INTEGER NOT NULL,
+    user TEXT NOT NULL,
+    name TEXT NOT NULL,
+    document TEXT NOT NULL,
+    created_at TEXT NOT NULL,
+    PRIMARY KEY (uid, name)
+) STRICT;
+CREATE TABLE quotas (
+    subject TEXT PRIMARY KEY,
+    limits TEXT NOT NULL
+) STRICT;
 """)
 SCHEMA_VERSION = len(_MIGRATIONS)
 _HEADER_BYTES = 100  # of the first page
@@ -187,7 +212,8 @@ class SqliteStore:
                     id=row["id"], name=row["name"], uid=row["uid"], user=row["user"],
                     slot=self._slot(row["slot"]), netns=row["netns"], labels=json.loads(row["labels"]),
                     share=row["share"], created_at=row["created_at"], boot_id=row["boot_id"],
-                    stock=row["stock"], resources=msgspec.json.decode(row["resources"], type=wire.Resources),
+                    stock=row["stock"], egress=row["egress"],
+                    resources=msgspec.json.decode(row["resources"], type=wire.Resources),
                     ports=tuple(ports.get(row["id"], ())), state=row["state"], services=services.get(row["id"], {}))
                 for row in self._db.execute("SELECT * FROM environments ORDER BY rowid")
             ]
@@ -198,9 +224,9 @@ class SqliteStore:
         with _translated():
             self._db.execute(
                 "INSERT INTO environments (id, name, uid, user, slot, netns, labels, share, state, created_at, boot_id,"
-                " stock, resources) VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)",
+                " stock, resources, egress) VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)",
                 (e.id, e.name, e.uid, e.user, e.slot.index, e.netns, json.dumps(e.labels), e.share, e.state,
-                 e.created_at, e.boot_id, e.stock, msgspec.json.encode(e.resources).decode()))
+                 e.created_at, e.boot_id, e.stock, msgspec.json.encode(e.resources).decode(), e.egress))
             self._db.executemany(
                 "INSERT INTO ports (environment, port, protocol, published, listen) VALUES (?, ?, ?, ?, ?)",
                 [(e.id, p.port, p.protocol, p.published, p.listen) for p in e.ports])

@@ -72,7 +72,13 @@ class ServiceRequest(Request, frozen=True, kw_only=True, forbid_unknown_fields=T
 
 
 class Specification(Request, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """What an environment is to be. ``command`` is short for one service named ``main``; ``health`` is that one's."""
+    """What an environment is to be. ``command`` is short for one service named ``main``; ``health`` is that one's.
+
+    ``share``: who else reaches its declared ports: ``owner`` (nobody), ``host`` (any user of the host), ``lan`` (also
+    who comes by the host's other addresses), or users and groups: ``user:NAME,group:NAME``.
+    ``egress``: what it reaches outside of the host: ``allow`` (all), ``deny`` (nothing), or
+    CIDR[:PORT[-PORT]][/PROTOCOL] with commas between.
+    """
 
     command: list[str] | None = None
     services: list[ServiceRequest] | None = None
@@ -80,7 +86,8 @@ class Specification(Request, frozen=True, kw_only=True, forbid_unknown_fields=Tr
     env: dict[str, str] = {}
     cwd: str | None = None
     labels: dict[str, str] = {}
-    share: Literal["owner"] = "owner"
+    share: str = "owner"
+    egress: str = "allow"
     setuid: bool = False
     umask: int = 0o022
     limits: dict[str, int] = {}
@@ -194,6 +201,7 @@ class Environment(Answer, frozen=True, kw_only=True):
     services: list[Service]
     labels: dict[str, str]
     share: str
+    egress: str
     resources: Resources
     created_at: str
 

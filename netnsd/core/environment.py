@@ -72,6 +72,7 @@ class Environment:
     """One environment. Mutable where its life changes it: ``state`` and ``services``.
 
     ``stock``: the id of the template that it is kept for, started before anybody asked; "" when it has been asked for.
+    ``share`` and ``egress`` are as in ``wire.Specification``.
     """
 
     id: str
@@ -85,6 +86,7 @@ class Environment:
     created_at: str
     boot_id: str
     stock: str = ""
+    egress: str = "allow"
     resources: wire.Resources = field(default_factory=wire.Resources)
     ports: tuple[PublishedPort, ...] = ()
     state: StoredState = "creating"

@@ -5,13 +5,14 @@ from __future__ import annotations
 from collections.abc import Awaitable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Any, Literal, Protocol
 
 import trio
 
 from netnsd import wire
 from netnsd.core.addressing import Bridge, Slot
 from netnsd.core.environment import Environment, Service, Template
+from netnsd.core.judgement import Judgement
 
 
 @dataclass(frozen=True, slots=True)
@@ -295,11 +296,16 @@ class Network(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class Opening:
-    """What the firewall holds for one environment."""
+    """What the firewall holds for one environment.
+
+    ``guests``: uids that reach its declared ports. ``reach``: who else does, as in ``wire.Specification.share``.
+    """
 
     address: str
     uid: int
     publications: tuple[Publication, ...]
+    guests: tuple[int, ...] = ()
+    reach: Literal["owner", "host", "lan"] = "owner"
 
 
 class Firewall(Protocol):
@@ -325,6 +331,13 @@ class Firewall(Protocol):
         """Compare with what is loaded: elements that are missing of ``openings``, and elements that nobody opened.
 
         Those of ``moving`` may be there, or not. A missing table counts as one element. Raises KernelError.
+        """
+        ...
+
+    async def judge(self, judgement: Judgement) -> None:
+        """Make this the whole of what environments may and may not, in one step, beside the constant rules.
+
+        Nothing is open in between that is closed before and after. Raises KernelError, with nothing changed.
         """
         ...
 

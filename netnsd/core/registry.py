@@ -50,6 +50,7 @@ class Blueprint:
     name: str
     labels: dict[str, str]
     share: str
+    egress: str
     ports: list[wire.PortRequest]
     services: dict[str, Service]
     resources: wire.Resources
@@ -71,7 +72,8 @@ class Blueprint:
             for service in specification.check_services(request)
         }
         ports = specification.check_ports(request.ports, settings.published_range)
-        return cls(name, specification.check_labels(request.labels), request.share, ports, services,
+        return cls(name, specification.check_labels(request.labels), specification.check_share(request.share),
+                   specification.check_egress(request.egress), ports, services,
                    specification.check_resources(request.resources))
 
 
@@ -154,7 +156,8 @@ class Registry:
                 ports[place] = self._lease(wanted, environment_id, actor)
             environment = Environment(
                 id=environment_id, name=blueprint.name, uid=actor.uid, user=actor.user, slot=slot, netns=netns,
-                labels=blueprint.labels, share=blueprint.share, created_at=self._clock.now(),
+                labels=blueprint.labels, share=blueprint.share, egress=blueprint.egress,
+                created_at=self._clock.now(),
                 boot_id=self._settings.boot_id, stock=blueprint.stock, resources=blueprint.resources,
                 ports=tuple(ports[place] for place in sorted(ports)), services=dict(blueprint.services))
             with self._store.transaction():

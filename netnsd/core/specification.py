@@ -162,6 +162,20 @@ def check_health(check: wire.HealthCheck | None) -> wire.HealthCheck | None:
     return check
 
 
+def check_share(share: str) -> str:
+    """Return who else reaches an environment when it says so. Raises InvalidRequest."""
+    if share != "owner":
+        raise InvalidRequest(f"share {_shown(share)} is not owner", hint="Leave it out.")
+    return share
+
+
+def check_egress(egress: str) -> str:
+    """Return what an environment reaches outside when it says so. Raises InvalidRequest."""
+    if egress != "allow":
+        raise InvalidRequest(f"egress {_shown(egress)} is not allow", hint="Leave it out.")
+    return egress
+
+
 def check_resources(resources: wire.Resources | None) -> wire.Resources:
     """Return the limits when the kernel can take them. Raises InvalidRequest."""
     if resources is None:

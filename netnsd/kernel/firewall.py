@@ -21,6 +21,7 @@ from pyroute2.netlink.exceptions import NetlinkError
 
 from netnsd.core.addressing import BRIDGE_PREFIX
 from netnsd.core.interfaces import Opening
+from netnsd.core.judgement import Judgement
 from netnsd.errors import KernelError
 from netnsd.kernel import bridges, nfnetlink, sockets
 from netnsd.kernel.namespace_thread import NamespaceThread, Priority
@@ -139,6 +140,7 @@ class NftFirewall:
         self._uplinks: list[str] = []
         self._desired: dict[str, Opening] = {}
         self._forwarding = forwarding
+        self._judgement = Judgement()
 
     async def start(self) -> None:
         """Open nftables in the host's namespace."""
@@ -165,6 +167,10 @@ class NftFirewall:
     async def close(self, openings: Sequence[Opening]) -> None:
         """See ``core.interfaces.Firewall``."""
         await trio.to_thread.run_sync(self._in_turn(lambda: self._close(openings)))
+
+    async def judge(self, judgement: Judgement) -> None:
+        """See ``core.interfaces.Firewall``."""
+        await self._thread.run(self._in_turn(lambda: self._judge(judgement)), Priority.CREATE)
 
     @property
     def senders(self) -> frozenset[int]:
@@ -194,6 +200,9 @@ class NftFirewall:
             return sockets.is_listening(protocol, port)
         except OSError as error:
             raise KernelError.at("port", error) from error
+
+    def _judge(self, judgement: Judgement) -> None:
+        self._judgement = judgement
 
     def _in_turn(self, change: Callable[[], T]) -> Callable[[], T]:
         def locked() -> T:

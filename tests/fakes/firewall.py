@@ -7,6 +7,7 @@ from collections.abc import Sequence
 import trio
 
 from netnsd.core.interfaces import Firewall, Opening
+from netnsd.core.judgement import Judgement
 from netnsd.errors import KernelError
 
 
@@ -18,6 +19,7 @@ class FakeFirewall:
         self.published: dict[tuple[str, int], tuple[str, int]] = {}
         self.host: set[tuple[str, int]] = set()
         self.loaded = False
+        self.judgement = Judgement()
         self._desired: dict[str, Opening] = {}
 
     async def open(self, opening: Opening) -> None:
@@ -50,6 +52,10 @@ class FakeFirewall:
             return False
         self.loaded, self.owners, self.published = wanted
         return True
+
+    async def judge(self, judgement: Judgement) -> None:
+        await trio.lowlevel.checkpoint()
+        self.judgement = judgement
 
     async def differences(self, openings: Sequence[Opening], moving: Sequence[Opening]) -> tuple[list[str], list[str]]:
         await trio.lowlevel.checkpoint()

@@ -58,7 +58,7 @@ INVALID = {
     "null for a list": b'{"ports": null}',
     "a missing field": b'{"ports": [{}]}',
     "an unknown protocol": b'{"ports": [{"port": 1, "protocol": "sctp"}]}',
-    "a share that is not there yet": b'{"share": "lan"}',
+    "a share that is no text": b'{"share": ["lan"]}',
     "a number as a variable": b'{"env": {"A": 1}}',
 }
 

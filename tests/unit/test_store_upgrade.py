@@ -65,6 +65,13 @@ def environments(version: int) -> list[Environment]:
             created_at="2026-11-21T10:00:03.000000Z", boot_id="boot", stock=SHOP.id,
             ports=(PublishedPort(3000, "tcp", 20005),), state="ready",
             services={"web": Service("web", WEB, "running", 4243, "launch-shop")}))
+    if version >= 3:
+        found.append(Environment(
+            id="5f0c7f1e-0000-4000-8000-000000000005", name="kept", uid=1002, user="bob", slot=PLAN.slot(5),
+            netns="kept", labels={}, share="owner", created_at="2026-11-22T10:00:00.000000Z", boot_id="boot",
+            resources=wire.Resources(pids=64), state="ready",
+            services={"web": Service("web", WEB, "restarting", None, "launch-kept", 1, "on-failure",
+                                     wire.HealthCheck(http="/", port=3000), 3, 2, "unhealthy")}))
     return found
 
 
