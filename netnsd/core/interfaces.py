@@ -315,6 +315,13 @@ class Firewall(Protocol):
         """Let the owner reach the environment, and forward its published ports. All or nothing."""
         ...
 
+    async def alter(self, opening: Opening) -> None:
+        """Make this what there is for its address, which was opened, in one step.
+
+        Raises KernelError, and it is as before.
+        """
+        ...
+
     async def close(self, openings: Sequence[Opening]) -> None:
         """Take the elements back; what is gone already is fine."""
         ...

@@ -39,12 +39,14 @@ from netnsd.errors import ConfigError, HostUnfit, KernelError, NetnsdError, Supe
 from netnsd.kernel import bridges, host, logfile, loss_watch
 from netnsd.kernel.cgroup import CgroupTree
 from netnsd.kernel.files import EnvironmentFiles
-from netnsd.kernel.firewall import TABLE, NftFirewall
+from netnsd.kernel.firewall import NftFirewall
 from netnsd.kernel.namespace_thread import NamespaceThread, Priority
 from netnsd.kernel.network import NETNS_DIRECTORY, KernelNetwork
 from netnsd.kernel.probes import HostProbes
 from netnsd.kernel.processes import LauncherProcesses
+from netnsd.kernel.ruleset import TABLE
 from netnsd.kernel.ruleset_watch import RulesetWatch
+from netnsd.kernel.seats import Seats
 from netnsd.observability.events import EventLog
 from netnsd.observability.metrics import Figures, Metrics
 from netnsd.store import SqliteStore
@@ -111,9 +113,10 @@ class Node:
             host.require(await host.examine(thread, supernet))
             if not self._dismantles:
                 await self._require_free_supernet(thread)
-            network = KernelNetwork(thread, self._runtime, self._config.network.mtu)
+            seats = Seats(plan)
+            network = KernelNetwork(thread, self._runtime, self._config.network.mtu, seats)
             forwarding = bridges.Forwarding(self._runtime / "forwarding")
-            firewall = NftFirewall(thread, supernet, self._config.network.flows, forwarding)
+            firewall = NftFirewall(thread, supernet, self._config.network.flows, forwarding, seats)
             cgroups = CgroupTree(self._config.daemon.cgroup)
             files = EnvironmentFiles(self._runtime, self._state, self._config.services.log_bytes)
             await network.open()

@@ -22,6 +22,7 @@ from pyroute2.netlink.exceptions import NetlinkError
 
 from netnsd.core.addressing import BRIDGE_PREFIX, FIRST_BRIDGE_IFINDEX, FIRST_PORT_IFINDEX, Bridge
 from netnsd.kernel.rtnetlink import LINK_ALIAS
+from netnsd.kernel.seats import Seats
 
 _SYSCTL = Path("/proc/sys/net/ipv4")
 _IPV6 = Path("/proc/sys/net/ipv6")
@@ -44,10 +45,12 @@ class Bridges:
 
     Args:
         mtu_bytes: set explicitly, or a bridge takes its lowest port's.
+        seats: is told of each.
     """
 
-    def __init__(self, mtu_bytes: int) -> None:
+    def __init__(self, mtu_bytes: int, seats: Seats) -> None:
         self._mtu_bytes = mtu_bytes
+        self._seats = seats
         self._present: set[int] = set()
 
     def load(self) -> None:
@@ -61,12 +64,14 @@ class Bridges:
         self._delete(sorted(ours.keys() - addressed))
         self._present = ours.keys() & addressed
         for index in self._present:
+            self._seats.add(index - FIRST_BRIDGE_IFINDEX)
             _configure(ours[index])
 
     def ensure(self, bridge: Bridge) -> None:
         """Make the bridge unless it is there. Raises OSError with a ``stage``-less errno."""
         if bridge.ifindex in self._present:
             return
+        self._seats.add(bridge.index)
         if _is_whole(bridge):  # forgotten by a mistake, it has environments: it must not be made anew
             _configure(bridge.name)
             self._present.add(bridge.ifindex)
@@ -155,12 +160,13 @@ def host_routes() -> list[HostRoute]:
         return routes
 
 
-def uplinks() -> list[str]:
-    """The interfaces by which the host's default routes leave."""
+def uplinks() -> tuple[list[str], list[str]]:
+    """The interfaces by which the host's default routes leave, and the addresses of their gateways."""
     with _route() as route:
         names = {link["index"]: link.get_attr("IFLA_IFNAME") for link in route.get_links()}
-        return sorted({names[entry.get_attr("RTA_OIF")] for entry in route.get_default_routes(family=socket.AF_INET)
-                       if entry.get_attr("RTA_OIF") in names})
+        defaults = list(route.get_default_routes(family=socket.AF_INET))
+    interfaces = {names[entry.get_attr("RTA_OIF")] for entry in defaults if entry.get_attr("RTA_OIF") in names}
+    return sorted(interfaces), sorted({entry.get_attr("RTA_GATEWAY") for entry in defaults} - {None})
 
 
 def host_forwards() -> bool:

@@ -1,7 +1,7 @@
 """The host's rules: implements ``core.interfaces.Firewall``.
 
-One table. Its rules never change with the number of environments; elements of its maps and sets do. Everything is
-loaded in one transaction, so there is no moment in which a part of it is missing.
+What they say is in ``ruleset``. Everything is loaded in one transaction, so there is no moment in which a part of it is
+missing.
 """
 
 from __future__ import annotations
@@ -10,125 +10,44 @@ import contextlib
 import errno
 import json
 import os
-import socket
-import struct
 import threading
+from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
-from typing import Any, TypeVar
+from typing import TypeVar
 
 import trio
 from pyroute2.netlink.exceptions import NetlinkError
 
-from netnsd.core.addressing import BRIDGE_PREFIX
 from netnsd.core.interfaces import Opening
 from netnsd.core.judgement import Judgement
 from netnsd.errors import KernelError
-from netnsd.kernel import bridges, nfnetlink, sockets
+from netnsd.kernel import bridges, nfnetlink, ruleset, sockets
 from netnsd.kernel.namespace_thread import NamespaceThread, Priority
 from netnsd.kernel.nft import Nft, NftError
+from netnsd.kernel.ruleset import TABLE, Elements
+from netnsd.kernel.seats import Seats
 
 T = TypeVar("T")
 
-TABLE = "netnsd"
-_RULES = """
-table ip netnsd {
-  map published { type inet_proto . inet_service : ipv4_addr . inet_service; %(published)s }
-  set owners { type ipv4_addr . uid; %(owners)s }
-  set pairs { type ipv4_addr . ipv4_addr; }
-  set uplinks { type ifname; %(uplinks)s }
-  set flows { type ipv4_addr; size 65536; flags dynamic; }
-
-  # route_localnet on the bridges lets the host's 127.0.0.1:PORT reach environments; nothing may use it the other way.
-  chain guard {
-    type filter hook prerouting priority -300;
-    iifname "%(bridge)s*" goto from_bridge
-    ip saddr %(supernet)s iifname != "lo" drop
-  }
-  chain from_bridge {
-    ip daddr 127.0.0.0/8 drop
-    ip saddr != %(supernet)s drop
-  }
-  chain publish_local {
-    type nat hook output priority -100;
-    ip daddr 127.0.0.0/8 meta l4proto { tcp, udp } dnat ip to meta l4proto . th dport map @published
-  }
-
-  # Only the owner (and root) reaches an environment. Every packet of the original direction is checked, not just the
-  # first: another user's socket on the owner's source port would pass as established otherwise.
-  chain from_host {
-    type filter hook output priority 0;
-    # Not by oifname: of what publish_local translated it is still "lo" in this hook.
-    ip daddr %(supernet)s goto to_environment
-    # A socket bound to a device sends by it whatever the address: broadcast, multicast, 127/8.
-    oifname "nd*" meta skuid != 0 drop
-  }
-  # Who may comes first: each rule costs every packet, and the look at the routes costs most.
-  chain to_environment {
-    meta skuid 0 accept
-    ip daddr . meta skuid @owners accept
-    fib daddr type local accept
-    ct direction original meta skuid 0-4294967295 reject
-    icmp type redirect drop
-    ct state new reject
-  }
-  chain translate {
-    type nat hook postrouting priority 100;
-    ip saddr 127.0.0.0/8 oifname "%(bridge)s*" masquerade
-    ip saddr %(supernet)s oifname != "lo" oifname != "%(bridge)s*" masquerade
-  }
-
-  # Between environments only pairs that are let; to the outside what they begin; from the outside nothing. Here too
-  # packets of the original direction are never let for being established: a connection may have been made while another
-  # tool had flushed these rules.
-  chain through {
-    type filter hook forward priority 0;
-    iifname "%(bridge)s*" jump from_environment
-    iifname "%(bridge)s*" accept
-    oifname "%(bridge)s*" ct direction reply ct state established,related accept
-    oifname "%(bridge)s*" drop
-    iifname @uplinks oifname @uplinks drop
-  }
-  chain from_environment {
-    ct direction reply ct state established,related accept
-    oifname != "%(bridge)s*" ct state established,related accept
-    ct state invalid drop
-    ct state new add @flows { ip saddr ct count over %(flows)d } reject
-    oifname "%(bridge)s*" ip saddr . ip daddr @pairs accept
-    # A reset is told at once; the kernel sends a peer about one ICMP error a second (net.ipv4.icmp_ratelimit).
-    oifname "%(bridge)s*" meta l4proto tcp reject with tcp reset
-    oifname "%(bridge)s*" reject with icmp type admin-prohibited
-    tcp flags syn tcp option maxseg size set rt mtu
-  }
-
-  # The host's own services are not for environments.
-  chain to_host {
-    type filter hook input priority 0;
-    iifname != "%(bridge)s*" accept
-    ct direction reply ct state established,related accept
-    icmp type echo-request accept
-    meta l4proto tcp reject with tcp reset
-    reject with icmp type admin-prohibited
-  }
-}
-"""
-_UID = struct.Struct("=I")
+_SETS = (*ruleset.KINDS, "allowed", "uplinks", "gateways")
+_MAPS = ("published", "offered")
 # Their messages fit what a socket takes at once (net.core.wmem_default).
-_OPENINGS_EACH = 500
-_REPLACE = "add table ip netnsd\ndelete table ip netnsd\n"
+_EACH = 500
 
 
 class NftFirewall:
-    """The table ``netnsd`` of the host.
+    """The tables ``netnsd`` of the host.
 
     Args:
         thread: does everything; shared with the network.
         supernet: all environments' addresses, in CIDR form.
         flows_per_address: connections of one environment that the host tracks at once.
         forwarding: is switched on for the uplinks once the rules are there.
+        seats: who may come from which port; shared with the network.
     """
 
     def __init__(self, thread: NamespaceThread, supernet: str, flows_per_address: int,
-                 forwarding: bridges.Forwarding) -> None:
+                 forwarding: bridges.Forwarding, seats: Seats) -> None:
         self._thread = thread
         self._supernet = supernet
         self._flows = flows_per_address
@@ -138,8 +57,11 @@ class NftFirewall:
         self._changing = threading.Lock()
         self._loaded = ""
         self._uplinks: list[str] = []
+        self._gateways: list[str] = []
         self._desired: dict[str, Opening] = {}
         self._forwarding = forwarding
+        self._seats = seats
+        self._seats_port = 0
         self._judgement = Judgement()
 
     async def start(self) -> None:
@@ -147,7 +69,7 @@ class NftFirewall:
         await self._thread.run(self._start, Priority.CREATE)
 
     async def stop(self, *, remove: bool) -> None:
-        """Close; with ``remove`` the table goes too (no environment is left)."""
+        """Close; with ``remove`` the tables go too (no environment is left)."""
         await self._thread.run(lambda: self._stop(remove=remove), Priority.CREATE)
 
     async def open(self, opening: Opening) -> None:
@@ -164,6 +86,10 @@ class NftFirewall:
         except FileNotFoundError:  # another tool took the table away a moment ago
             await self._thread.run(self._in_turn(lambda: self._open_anew(opening)), Priority.CREATE)
 
+    async def alter(self, opening: Opening) -> None:
+        """See ``core.interfaces.Firewall``."""
+        await self._thread.run(self._in_turn(lambda: self._alter(opening)), Priority.CREATE)
+
     async def close(self, openings: Sequence[Opening]) -> None:
         """See ``core.interfaces.Firewall``."""
         await trio.to_thread.run_sync(self._in_turn(lambda: self._close(openings)))
@@ -176,7 +102,7 @@ class NftFirewall:
     def senders(self) -> frozenset[int]:
         """The port ids of the sockets by which rules are changed here. libnftables' has the process's, as the first."""
         assert self._elements is not None
-        return frozenset((os.getpid(), self._elements.port_id))
+        return frozenset((os.getpid(), self._elements.port_id, self._seats_port))
 
     async def repair(self) -> bool:
         """Put back what somebody has just changed, before anything else is done; returns whether it had to be."""
@@ -202,7 +128,35 @@ class NftFirewall:
             raise KernelError.at("port", error) from error
 
     def _judge(self, judgement: Judgement) -> None:
-        self._judgement = judgement
+        before, self._judgement = self._judgement, judgement
+        try:
+            self._change(ruleset.of_judgement(before), ruleset.of_judgement(judgement))
+        except BaseException:
+            self._judgement = before
+            raise
+
+    def _alter(self, opening: Opening) -> None:
+        before = self._desired.get(opening.address)
+        self._desired[opening.address] = opening
+        try:
+            self._change(ruleset.of_openings([before] if before is not None else []), ruleset.of_openings([opening]))
+        except BaseException:
+            if before is None:
+                del self._desired[opening.address]
+            else:
+                self._desired[opening.address] = before
+            raise
+
+    def _change(self, before: Elements, after: Elements) -> None:
+        """Have other elements, in one step: what is in both stays. Anew where somebody has taken some of them away."""
+        assert self._elements is not None
+        deleted, added = _without(before, after), _without(after, before)
+        try:
+            self._elements.change(ruleset.packed(deleted), ruleset.packed(added))
+        except FileNotFoundError:
+            self._put_right()
+        except OSError as error:
+            raise KernelError.at("nftables", error) from error
 
     def _in_turn(self, change: Callable[[], T]) -> Callable[[], T]:
         def locked() -> T:
@@ -215,12 +169,13 @@ class NftFirewall:
         self._nft = Nft()
         self._run("list tables")  # now it has its port id, the process's, which the first socket gets
         self._elements = nfnetlink.ElementSocket(TABLE)
+        self._seats_port = self._seats.start()
 
     def _stop(self, *, remove: bool) -> None:
         try:
             if remove:
                 self._forwarding.switch_back()
-                self._run(_REPLACE)
+                self._run(ruleset.REPLACE)
         finally:
             if self._nft is not None:
                 self._nft.close()
@@ -228,6 +183,7 @@ class NftFirewall:
             if self._elements is not None:
                 self._elements.close()
                 self._elements = None
+            self._seats.stop()
 
     def _run(self, commands: str, *, output_flags: int = 0) -> str:
         assert self._nft is not None
@@ -236,7 +192,7 @@ class NftFirewall:
     def _open(self, opening: Opening) -> None:
         assert self._elements is not None
         try:
-            self._elements.add(_packed([opening]))
+            self._elements.add(ruleset.packed(ruleset.of_openings([opening])))
         except FileNotFoundError:
             raise
         except OSError as error:
@@ -259,9 +215,10 @@ class NftFirewall:
         assert self._elements is not None
         for opening in openings:
             self._desired.pop(opening.address, None)
+        packed = ruleset.packed(ruleset.of_openings(openings))
         try:
-            if not self._delete(_packed(openings)):
-                for name, elements in _packed(openings).items():
+            if not self._delete(packed):
+                for name, elements in packed.items():
                     for element in elements:
                         self._delete({name: [element]})
         except OSError as error:
@@ -293,51 +250,68 @@ class NftFirewall:
         return self._put_right() or is_gone
 
     def _close_off(self, openings: Sequence[Opening]) -> None:
-        """Put back a table that is gone: first what keeps users apart, then who may all the same.
+        """Put back tables that are gone: first what keeps users apart, then who may all the same.
 
         The rules alone take a millisecond, and as text a thousand elements take 20 more.
         """
         assert self._elements is not None
-        self._load((), self._uplinks)
+        closing = {name: some for name, some in ruleset.of_judgement(self._judgement).items() if name != "allowed"}
+        self._load(closing)
         with contextlib.suppress(FileNotFoundError):  # gone again, and told again
-            for first in range(0, len(openings), _OPENINGS_EACH):
-                self._elements.add(_packed(openings[first:first + _OPENINGS_EACH]))
+            self._seats.load()
+            for first in range(0, len(openings), _EACH):
+                self._elements.add(ruleset.packed(ruleset.of_openings(openings[first:first + _EACH])))
+            passages = ruleset.of_judgement(self._judgement).get("allowed", [])
+            for first in range(0, len(passages), _EACH):
+                self._elements.add(ruleset.packed({"allowed": passages[first:first + _EACH]}))
 
     def _put_right(self) -> bool:
         """Compare what is loaded with what should be, as it is now: this thread does every change in turn."""
         try:
-            return self._load_if_wrong(list(self._desired.values()))
+            return self._load_if_wrong()
         except (OSError, ValueError, NetlinkError) as error:
             raise _unusable(error) from error
 
-    def _load_if_wrong(self, openings: Sequence[Opening]) -> bool:
+    def _load_if_wrong(self) -> bool:
+        interfaces, gateways = bridges.uplinks()
         # A host that forwards anyway is let; where only netnsd needs it, it must not become a router between uplinks.
-        uplinks = [] if bridges.host_forwards() else bridges.uplinks()
+        uplinks = [] if bridges.host_forwards() else interfaces
         if self._loaded:
             self._forwarding.switch_on(uplinks)
-        is_right = self._loaded and self._listing() == self._loaded and uplinks == self._uplinks
-        if is_right and self._present() == _present(openings, uplinks):
+        is_right = self._loaded and self._listing() == self._loaded and (
+            (uplinks, gateways) == (self._uplinks, self._gateways))
+        if is_right and self._present() == self._wanted(self._desired.values()):
             return False
-        self._load(openings, uplinks)
+        self._uplinks, self._gateways = uplinks, gateways
+        self._load(self._elements_of(self._desired.values()))
         # Once and for all: later, somebody else may have put something in before it is listed.
-        self._loaded, self._uplinks = self._loaded or self._listing(), uplinks
+        self._loaded = self._loaded or self._listing()
         self._forwarding.switch_on(uplinks)
         return True
 
     def _differences(self, openings: Sequence[Opening], moving: Sequence[Opening]) -> tuple[list[str], list[str]]:
-        present, wanted = self._present(), _present(openings, self._uplinks)
+        present, wanted = self._present(), self._wanted(openings)
         if present is None or self._listing() != self._loaded:
-            return ["table ip netnsd, or rules of it"], []
-        missing, surplus = wanted - present, present - wanted - _present(moving, ())
+            return ["tables ip and bridge netnsd, or rules of them"], []
+        missing, surplus = wanted - present, present - wanted - _compared(ruleset.of_openings(moving))
         return ([f"{name} {{ {element} }}" for name, element in sorted(missing)],
                 [f"{name} {{ {element} }}" for name, element in sorted(surplus)])
 
-    def _load(self, openings: Sequence[Opening], uplinks: Sequence[str]) -> None:
-        self._run(_REPLACE + rules(supernet=self._supernet, flows=self._flows, openings=openings, uplinks=uplinks))
+    def _elements_of(self, openings: Iterable[Opening]) -> Elements:
+        return {**ruleset.of_openings(openings), **ruleset.of_judgement(self._judgement), "seats": self._seats.elements}
+
+    def _wanted(self, openings: Iterable[Opening]) -> set[tuple[str, str]]:
+        return (_compared(self._elements_of(openings)) | {("uplinks", name) for name in self._uplinks}
+                | {("gateways", address) for address in self._gateways})
+
+    def _load(self, elements: Elements) -> None:
+        self._run(ruleset.REPLACE + ruleset.text(supernet=self._supernet, flows=self._flows, elements=elements,
+                                                 uplinks=self._uplinks, gateways=self._gateways))
 
     def _listing(self) -> str:
         try:
-            return self._run("list table ip netnsd", output_flags=Nft.TERSE)
+            return "".join(self._run(f"list table {family} {TABLE}", output_flags=Nft.TERSE)
+                           for family in ("ip", "bridge"))
         except NftError as error:
             if error.is_missing:
                 return ""
@@ -345,18 +319,18 @@ class NftFirewall:
 
     def _present(self) -> set[tuple[str, str]] | None:
         """The elements that are there; None where a set is taken away meanwhile."""
-        found = set()
-        for kind, name in (("map", "published"), ("set", "owners"), ("set", "pairs"), ("set", "uplinks")):
+        found: set[tuple[str, str]] = set()
+        for name in _SETS:
+            kind = "map" if name in _MAPS else "set"
             try:
-                text = self._run(f"list {kind} ip netnsd {name}", output_flags=Nft.JSON | Nft.NUMERIC_PROTO)
+                text = self._run(f"list {kind} {ruleset.family_of(name)} {TABLE} {name}",
+                                 output_flags=Nft.JSON | Nft.NUMERIC_PROTO)
             except NftError as error:
                 if error.is_missing:
                     return None
                 raise
-            listing = json.loads(text)
-            for entry in listing["nftables"]:
-                for element in entry.get(kind, {}).get("elem", []):
-                    found.add((name, _flat(element)))
+            for entry in json.loads(text)["nftables"]:
+                found.update((name, ruleset.listed(name, element)) for element in entry.get(kind, {}).get("elem", []))
         return found
 
 
@@ -365,52 +339,11 @@ def _unusable(error: Exception) -> KernelError:
                        hint="`netnsctl doctor` checks what this host lacks.")
 
 
-def rules(*, supernet: str, flows: int, openings: Sequence[Opening] = (), uplinks: Sequence[str] = ()) -> str:
-    """The whole table as nft commands. Arguments as in ``NftFirewall``; ``uplinks`` are not routed between."""
-    elements = dict(_elements(openings)) | {"uplinks": [f'"{name}"' for name in uplinks]}
-    return _RULES % {
-        **{name: f"elements = {{ {', '.join(values)} }}" if values else "" for name, values in elements.items()},
-        "supernet": supernet, "bridge": BRIDGE_PREFIX, "flows": flows}
+def _compared(elements: Elements) -> set[tuple[str, str]]:
+    return {(name, ruleset.comparable(name, fields)) for name, some in elements.items() for fields in some}
 
 
-def _elements(openings: Iterable[Opening]) -> list[tuple[str, list[str]]]:
-    """The elements of each set and map, as nft writes them."""
-    owners: list[str] = []
-    published: list[str] = []
-    for opening in openings:
-        owners.append(f"{opening.address} . {opening.uid}")
-        published.extend(f"{p.protocol} . {p.published} : {opening.address} . {p.port}" for p in opening.publications)
-    return [("owners", owners), ("published", published)]
-
-
-def _packed(openings: Iterable[Opening]) -> dict[str, list[nfnetlink.Element]]:
-    """The same elements as the kernel has them: keys, and data of maps. A user's id is in the host's order."""
-    owners: list[nfnetlink.Element] = []
-    published: list[nfnetlink.Element] = []
-    for opening in openings:
-        address = socket.inet_aton(opening.address)
-        owners.append((nfnetlink.concatenation(address, _UID.pack(opening.uid)), b""))
-        published.extend(nfnetlink.publication(p.protocol, p.published, address, nfnetlink.port(p.port))
-                         for p in opening.publications)
-    return {name: elements for name, elements in (("owners", owners), ("published", published)) if elements}
-
-
-def _present(openings: Iterable[Opening], uplinks: Iterable[str]) -> set[tuple[str, str]]:
-    return ({(name, _numeric(value)) for name, values in _elements(openings) for value in values}
-            | {("uplinks", name) for name in uplinks})
-
-
-def _numeric(value: str) -> str:
-    """An element as nft lists it with NUMERIC_PROTO. Names come from /etc/protocols, which small hosts lack."""
-    first, separator, rest = value.partition(" . ")
-    return str(nfnetlink.PROTOCOLS.get(first, first)) + separator + rest
-
-
-def _flat(element: Any) -> str:
-    """An element of nft's JSON, as nft writes it."""
-    if isinstance(element, list):
-        return " : ".join(_flat(part) for part in element)
-    if isinstance(element, dict) and "concat" in element:
-        return " . ".join(str(part) for part in element["concat"])
-    return str(element)  # anything else is none of ours, and so is drift
-
+def _without(elements: Elements, others: Elements) -> Elements:
+    """Those of ``elements`` that are not in ``others``."""
+    return {name: left for name, some in elements.items()
+            if (left := list((Counter(some) - Counter(others.get(name, []))).elements()))}

@@ -15,8 +15,7 @@ from pyroute2 import IPRoute
 from pyroute2.netlink.exceptions import NetlinkError
 
 from netnsd.errors import HostUnfit, NetnsdError
-from netnsd.kernel import bridges, exit_info, inner, namespace_thread
-from netnsd.kernel.firewall import rules
+from netnsd.kernel import bridges, exit_info, inner, namespace_thread, ruleset
 from netnsd.kernel.namespace_thread import NamespaceThread, Priority
 from netnsd.kernel.nft import Nft, NftError
 
@@ -91,7 +90,7 @@ def _try_links() -> None:
 
 def _try_rules(supernet: str) -> None:
     with Nft() as nft:
-        nft.run(rules(supernet=supernet, flows=16))
+        nft.run(ruleset.text(supernet=supernet, flows=16))
 
 
 def _try_inner() -> None:
@@ -133,7 +132,7 @@ def _bridge_netfilter() -> Finding:
 
 
 def _forwarding() -> Finding:
-    interfaces = bridges.uplinks()
+    interfaces, _gateways = bridges.uplinks()
     if bridges.host_forwards():
         return Finding("forwarding", True, "info", "the host forwards between all its interfaces (ip_forward is 1)")
     text = f"forwarding is switched on for netnsd's bridges and {', '.join(interfaces) or 'no uplink'} only"

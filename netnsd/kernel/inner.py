@@ -41,10 +41,11 @@ table ip netnsd {
     ip saddr != @host@ socket wildcard 1 return
     dnat to 127.0.0.1
   }
-  # Databases let in only who comes from 127.0.0.1 by default. Who comes by the host is the owner, and by loopback too.
+  # Databases let in only who comes from 127.0.0.1 by default. Who comes from the host's address is the owner, and comes
+  # by loopback too; nobody else has that address.
   chain arrived {
     type nat hook input priority 100;
-    iifname "eth0" ip daddr 127.0.0.1 snat to 127.0.0.1
+    iifname "eth0" ip saddr @host@ ip daddr 127.0.0.1 snat to 127.0.0.1
   }
   chain own {
     type nat hook output priority -100;

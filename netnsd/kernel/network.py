@@ -24,6 +24,7 @@ from netnsd.core.interfaces import Inspection, Listener, Publication, Wiring
 from netnsd.errors import KernelError, NetnsLost, NetnsTaken
 from netnsd.kernel import bridges, carrier, inhabitants, inner, libc, namespace_thread, rtnetlink, sockets, survey
 from netnsd.kernel.namespace_thread import NamespaceThread, Priority
+from netnsd.kernel.seats import Seats
 
 NETNS_DIRECTORY = Path("/run/netns")
 REMOVALS_AT_ONCE = 2
@@ -39,12 +40,13 @@ class KernelNetwork:
         thread: does everything; shared with the firewall.
         runtime: the daemon's runtime directory; pins of slots are kept below it.
         mtu_bytes: of bridges and links.
+        seats: shared with the firewall.
     """
 
-    def __init__(self, thread: NamespaceThread, runtime: Path, mtu_bytes: int) -> None:
+    def __init__(self, thread: NamespaceThread, runtime: Path, mtu_bytes: int, seats: Seats) -> None:
         self._thread = thread
         self._pins = runtime / "slots"
-        self._bridges = bridges.Bridges(mtu_bytes)
+        self._bridges = bridges.Bridges(mtu_bytes, seats)
         self._route: rtnetlink.RouteSocket | None = None
         self._has_ipv6 = os.path.exists("/proc/sys/net/ipv6")
         # A deletion waits 10 ms and more at its end for grace periods of RCU, in which the next can begin.

@@ -12,6 +12,7 @@ from __future__ import annotations
 import os
 import socket
 import struct
+from typing import NamedTuple
 
 _NETLINK_NETFILTER = 12
 _SOL_NETLINK, _NETLINK_CAP_ACK = 270, 10
@@ -21,30 +22,40 @@ _BATCH_BEGIN, _BATCH_END = 0x10, 0x11
 _NFNL_SUBSYS_NFTABLES = 10
 _NFT_MSG_NEWSETELEM, _NFT_MSG_DELSETELEM = 12, 14
 _TABLE, _SET, _ELEMENTS = 1, 2, 3  # NFTA_SET_ELEM_LIST_*
-_LIST_ELEM, _KEY, _DATA, _VALUE = 1, 1, 2, 1  # NFTA_LIST_ELEM, NFTA_SET_ELEM_KEY, NFTA_SET_ELEM_DATA, NFTA_DATA_VALUE
+_LIST_ELEM, _VALUE = 1, 1  # NFTA_LIST_ELEM, NFTA_DATA_VALUE
+_KEY, _DATA, _KEY_END = 1, 2, 10  # NFTA_SET_ELEM_*
 _NESTED = 0x8000
 
 _HEADER = struct.Struct("=IHHII")
 _GENERIC = struct.Struct(">BBH")
 _ATTRIBUTE = struct.Struct("=HH")
 _U32 = struct.Struct("=I")
-# A list of elements is one attribute, whose length has 16 bits; an element of ours takes 40 bytes at most.
+# A list of elements is one attribute, whose length has 16 bits; an element of ours takes 60 bytes at most.
 _ELEMENTS_EACH = 1000
 _RECEIVE_BYTES = 65536
 
 PROTOCOLS = {"tcp": socket.IPPROTO_TCP, "udp": socket.IPPROTO_UDP}
-Element = tuple[bytes, bytes]
+
+
+class Element(NamedTuple):
+    """One of a set or a map: ``data`` is empty for a set, ``end`` except where the key is the first of a range."""
+
+    key: bytes
+    data: bytes = b""
+    end: bytes = b""
 
 
 class ElementSocket:
     """A NETLINK_NETFILTER socket of the network namespace in which its thread was when it was opened.
 
     Args:
-        table: an ``ip`` table.
+        table: its name.
+        family: the table's, an address family.
     """
 
-    def __init__(self, table: str) -> None:
+    def __init__(self, table: str, family: int = socket.AF_INET) -> None:
         self._table = _text(_TABLE, table)
+        self._family = family
         self._socket = socket.socket(socket.AF_NETLINK, socket.SOCK_RAW | socket.SOCK_CLOEXEC, _NETLINK_NETFILTER)
         self._socket.bind((0, 0))
         self._socket.setsockopt(_SOL_NETLINK, _NETLINK_CAP_ACK, 1)
@@ -61,15 +72,20 @@ class ElementSocket:
         self._socket.close()
 
     def add(self, elements: dict[str, list[Element]]) -> None:
-        """Add (key, data) pairs to maps and sets by name, all or nothing; data is empty for a set.
+        """Add elements to maps and sets by name, all or nothing.
 
         What is there already is fine. Raises OSError: EEXIST for a key with other data, ENOENT without the table.
         """
-        self._transact(batch(_NFT_MSG_NEWSETELEM, self._table, elements))
+        self._transact(batch(_NFT_MSG_NEWSETELEM, self._table, elements, self._family))
 
     def delete(self, elements: dict[str, list[Element]]) -> None:
         """Delete elements, all or nothing. Raises OSError: ENOENT where one is missing."""
-        self._transact(batch(_NFT_MSG_DELSETELEM, self._table, elements))
+        self._transact(batch(_NFT_MSG_DELSETELEM, self._table, elements, self._family))
+
+    def change(self, deleted: dict[str, list[Element]], added: dict[str, list[Element]]) -> None:
+        """Delete some and add others, in one step, all or nothing. Raises OSError, as ``delete`` and ``add``."""
+        self._transact(batch(_NFT_MSG_DELSETELEM, self._table, deleted, self._family)[:-1]
+                       + batch(_NFT_MSG_NEWSETELEM, self._table, added, self._family)[1:])
 
     def _transact(self, messages: list[bytes]) -> None:
         """Send one batch, of which the messages between the first and the last are acknowledged."""
@@ -97,13 +113,13 @@ class ElementSocket:
             raise OSError(failure, os.strerror(failure))
 
 
-def batch(kind: int, table: bytes, elements: dict[str, list[Element]]) -> list[bytes]:
+def batch(kind: int, table: bytes, elements: dict[str, list[Element]], family: int = socket.AF_INET) -> list[bytes]:
     """The messages of one transaction: its begin, one per set and thousand elements, and its end."""
     messages = [_control(_BATCH_BEGIN)]
     flags = _NLM_F_REQUEST | _NLM_F_ACK | (_NLM_F_CREATE if kind == _NFT_MSG_NEWSETELEM else 0)
     for name, pairs in elements.items():
         for first in range(0, len(pairs), _ELEMENTS_EACH):
-            body = _GENERIC.pack(socket.AF_INET, 0, 0) + table + _text(_SET, name) + _attribute(
+            body = _GENERIC.pack(family, 0, 0) + table + _text(_SET, name) + _attribute(
                 _ELEMENTS | _NESTED, b"".join(_element(*pair) for pair in pairs[first:first + _ELEMENTS_EACH]))
             messages.append(_HEADER.pack(_HEADER.size + len(body), _NFNL_SUBSYS_NFTABLES << 8 | kind, flags, 0, 0)
                             + body)
@@ -125,7 +141,7 @@ def port(number: int) -> bytes:
 
 def publication(protocol: str, published: int, *target: bytes) -> Element:
     """An element of a map from protocol and published port (inet_proto . inet_service) to ``target``."""
-    return concatenation(bytes([PROTOCOLS[protocol]]), port(published)), concatenation(*target)
+    return Element(concatenation(bytes([PROTOCOLS[protocol]]), port(published)), concatenation(*target))
 
 
 def _control(kind: int) -> bytes:
@@ -133,8 +149,10 @@ def _control(kind: int) -> bytes:
     return _HEADER.pack(_HEADER.size + len(body), kind, _NLM_F_REQUEST, 0, 0) + body
 
 
-def _element(key: bytes, data: bytes) -> bytes:
+def _element(key: bytes, data: bytes, end: bytes) -> bytes:
     inner = _attribute(_KEY | _NESTED, _attribute(_VALUE, key))
+    if end:
+        inner += _attribute(_KEY_END | _NESTED, _attribute(_VALUE, end))
     if data:
         inner += _attribute(_DATA | _NESTED, _attribute(_VALUE, data))
     return _attribute(_LIST_ELEM | _NESTED, inner)

@@ -35,7 +35,7 @@ class RulesetWatch:
     """Listens from when it is made, in the network namespace of its thread. Close it.
 
     Args:
-        table: an ``ip`` table.
+        table: the name of ours, of the families ip and bridge.
         own: the port ids of the sockets by which we change it ourselves.
     """
 
@@ -84,7 +84,7 @@ class RulesetWatch:
             return False
         length, attribute = _ATTRIBUTE.unpack_from(body, _GENERIC_BYTES)
         value = body[_GENERIC_BYTES + _ATTRIBUTE.size:_GENERIC_BYTES + length]
-        return body[0] == socket.AF_INET and attribute == _NAME and value == self._table
+        return body[0] in (socket.AF_INET, socket.AF_BRIDGE) and attribute == _NAME and value == self._table
 
 
 def _drop(watcher: socket.socket, senders: set[int]) -> None:

@@ -24,6 +24,7 @@ from netnsd.kernel.namespace_thread import NamespaceThread, Priority, enter
 from netnsd.kernel.network import NETNS_DIRECTORY, KernelNetwork
 from netnsd.kernel.probes import HostProbes
 from netnsd.kernel.processes import LauncherProcesses
+from netnsd.kernel.seats import Seats
 from netnsd.store import SqliteStore
 from tests.fakes import FakeCgroups, FakeFiles, FakeFirewall, FakeNetwork, FakeProbes, FakeProcesses
 
@@ -152,8 +153,9 @@ class RealSubjects(Subjects):
         store = SqliteStore(state, PLAN)
         cgroups = CgroupTree(f"netnsd-test-{os.getpid()}-{secrets.token_hex(4)}")
         with NamespaceThread() as thread:
-            network = KernelNetwork(thread, runtime, 1500)
-            firewall = NftFirewall(thread, SUPERNET, 64, Forwarding(runtime / "forwarding"))
+            seats = Seats(PLAN)
+            network = KernelNetwork(thread, runtime, 1500, seats)
+            firewall = NftFirewall(thread, SUPERNET, 64, Forwarding(runtime / "forwarding"), seats)
             await network.open()
             await firewall.start()
             processes = LauncherProcesses(str(runtime / "l.sock"), cgroups.root,

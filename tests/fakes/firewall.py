@@ -31,6 +31,11 @@ class FakeFirewall:
         self.owners.add((opening.address, opening.uid))
         self._desired[opening.address] = opening
 
+    async def alter(self, opening: Opening) -> None:
+        before = self._desired[opening.address]
+        await self.close([before])
+        await self.open(opening)
+
     async def close(self, openings: Sequence[Opening]) -> None:
         await trio.lowlevel.checkpoint()
         for opening in openings:

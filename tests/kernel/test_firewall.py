@@ -2,28 +2,44 @@
 
 from __future__ import annotations
 
+import ipaddress
 import threading
 from collections.abc import AsyncIterator
 from contextlib import aclosing, asynccontextmanager, closing
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import trio
 
+from netnsd.core.addressing import Plan
 from netnsd.core.interfaces import Opening, Publication
+from netnsd.core.judgement import Judgement, Passage
 from netnsd.errors import KernelError
 from netnsd.kernel import libc
 from netnsd.kernel.bridges import Forwarding
-from netnsd.kernel.firewall import TABLE, NftFirewall
+from netnsd.kernel.firewall import NftFirewall
 from netnsd.kernel.namespace_thread import NamespaceThread, Priority
 from netnsd.kernel.nft import Nft
+from netnsd.kernel.ruleset import TABLE
 from netnsd.kernel.ruleset_watch import RulesetWatch
+from netnsd.kernel.seats import Seats
 
 SUPERNET = "10.203.0.0/16"
 WEB = Opening("10.203.0.2", 61001, (Publication("tcp", 20000, 3000), Publication("udp", 20000, 53)))
 DATABASE = Opening("10.203.0.3", 61002, (Publication("tcp", 20001, 5432),))
 BARE = Opening("10.203.0.4", 61002, ())
-ALL = [WEB, DATABASE, BARE]
+SHARED = Opening("10.203.99.5", 61001, (Publication("tcp", 29002, 80), Publication("udp", 29002, 53)), (61002, 61003))
+HOSTED = Opening("10.203.99.6", 61001, (Publication("tcp", 29003, 80),), reach="host")
+OFFERED = Opening("10.203.99.7", 61002, (Publication("tcp", 29004, 80),), (61004,), "lan")
+ALL = [WEB, DATABASE, BARE, SHARED, HOSTED, OFFERED]
+A, B, C = (int(ipaddress.ip_address(f"10.203.0.{number}")) for number in (2, 3, 4))
+EVERYWHERE = (0, 0xFFFFFFFF)
+TALKING = Judgement(frozenset({
+    Passage((A, B), (C, C), (6, 6), (80, 90)), Passage((C, C), (A, A), (17, 17), (53, 53)), Passage((C, C), (B, B)),
+    Passage((B, B), (1, A - 1), (6, 6), (443, 443)), Passage((10, 900), (C + 3, C + 3), (6, 6), (80, 80))}),
+    frozenset({B}), frozenset({C + 3}))
+SEATED = "1100000 . 02:4e:0a:cb:00:02 . 10.203.0.2"
 
 
 class Table:
@@ -69,7 +85,9 @@ async def table(tmp_path: Path) -> AsyncIterator[Table]:
     starter.start()
     starter.join()
     [thread] = made
-    firewall = NftFirewall(thread, SUPERNET, 64, Forwarding(tmp_path / "forwarding"))
+    seats = Seats(Plan(SUPERNET, 250))
+    seats.add(0)
+    firewall = NftFirewall(thread, SUPERNET, 64, Forwarding(tmp_path / "forwarding"), seats)
     await firewall.start()
     yield Table(thread, firewall)
     await firewall.stop(remove=True)
@@ -79,7 +97,7 @@ async def table(tmp_path: Path) -> AsyncIterator[Table]:
 async def test_rules_load_and_are_one_table(table: Table) -> None:
     assert await table.firewall.restore(ALL)
     listing = await table.nft("list ruleset")
-    assert listing.count("table ") == 1
+    assert listing.count("table ") == 2
     for name in ("guard", "from_bridge", "publish_local", "from_host", "to_environment", "translate", "through",
                  "from_environment", "to_host"):
         assert f"chain {name} {{" in listing
@@ -90,6 +108,7 @@ async def test_rules_load_and_are_one_table(table: Table) -> None:
 
 async def test_restoring_what_is_right_changes_nothing(table: Table) -> None:
     assert await table.firewall.restore(ALL)
+    await table.firewall.judge(TALKING)
     before = await table.nft("list ruleset")
     for _ in range(3):
         assert not await table.firewall.restore(ALL)
@@ -107,11 +126,21 @@ async def test_restoring_what_is_right_changes_nothing(table: Table) -> None:
     "add element ip netnsd published { tcp . 20000 : 10.203.0.2 . 1 }"),
     "insert rule ip netnsd from_host accept", "insert rule ip netnsd to_environment accept",
     "flush chain ip netnsd from_bridge", "add rule ip netnsd to_host accept", "add chain ip netnsd strange",
-    "add element ip netnsd pairs { 10.203.0.2 . 10.203.0.3 }", 'add element ip netnsd uplinks { "eth9" }',
-    "flush set ip netnsd uplinks; flush chain ip netnsd through",
+    "add element ip netnsd allowed { 10.203.0.2 . 10.203.0.3 . tcp . 80 }", 'add element ip netnsd uplinks { "eth9" }',
+    "flush set ip netnsd uplinks; flush chain ip netnsd through", "add element ip netnsd gateways { 10.9.9.9 }",
+    "delete element ip netnsd guests { 10.203.99.5 . 61003 }", "add element ip netnsd guests { 10.203.0.2 . 61003 }",
+    "flush set ip netnsd declared", "add element ip netnsd hosts { 10.203.0.2 }", "flush set ip netnsd lans",
+    "add element ip netnsd offered { tcp . 20000 : 10.203.0.2 . 3000 }", "flush set ip netnsd confined",
+    "flush set ip netnsd shielded", "flush set ip netnsd allowed",
+    "add element ip netnsd allowed { 10.203.0.2 . 0.0.0.0/0 . 0-255 . 0-65535 }",
+    "delete element ip netnsd allowed { 10.203.0.4 . 10.203.0.3 . 0-255 . 0-65535 }",
+    "delete table bridge netnsd", "flush chain bridge netnsd seated", "flush set bridge netnsd seats",
+    f"delete element bridge netnsd seats {{ {SEATED} }}",
+    "add element bridge netnsd seats { 1100000 . 02:4e:0a:cb:00:02 . 10.203.0.3 }",
 ])
 async def test_drift_is_seen_and_repaired(table: Table, drift: str) -> None:
     await table.firewall.restore(ALL)
+    await table.firewall.judge(TALKING)
     before = await table.nft("list ruleset")
     await table.nft(drift)
     assert await table.firewall.restore(ALL), "the drift was not seen"
@@ -123,10 +152,12 @@ async def test_drift_is_seen_and_repaired(table: Table, drift: str) -> None:
     "flush ruleset", "delete table ip netnsd", "flush chain ip netnsd through", "add chain ip netnsd strange",
     "insert rule ip netnsd from_host accept", "flush set ip netnsd owners",
     "delete element ip netnsd owners { 10.203.0.4 . 61002 }", "add element ip netnsd owners { 10.203.0.2 . 61002 }",
-    "add set ip netnsd strange { type ipv4_addr; }",
+    "add set ip netnsd strange { type ipv4_addr; }", "flush set ip netnsd confined", "delete table bridge netnsd",
+    "insert rule bridge netnsd seated accept", f"delete element bridge netnsd seats {{ {SEATED} }}",
 ])
 async def test_what_others_change_in_the_table_is_noticed_at_once(table: Table, change: str) -> None:
     await table.firewall.restore(ALL)
+    await table.firewall.judge(TALKING)
     async with table.watched() as noticed:
         await table.nft(change)
         with trio.fail_after(1):
@@ -140,6 +171,11 @@ async def test_what_we_change_ourselves_and_what_is_not_in_the_table_is_not_noti
         await table.firewall.open(DATABASE)
         await table.firewall.close([DATABASE])
         await table.firewall.restore(ALL)
+        await table.firewall.alter(WEB)
+        await table.firewall.alter(replace(WEB, guests=(61009,)))
+        await table.firewall.alter(WEB)
+        await table.firewall.judge(TALKING)
+        await table.firewall.judge(Judgement())
         assert not await table.firewall.repair()
         await table.nft("add table ip filter; add chain ip filter c; add table inet netnsd; delete table ip filter")
         await trio.sleep(0.05)
@@ -155,7 +191,8 @@ async def test_what_we_change_ourselves_and_what_is_not_in_the_table_is_not_noti
 async def test_a_table_that_is_gone_is_put_back_with_thousands_of_elements(table: Table) -> None:
     many = [Opening(f"10.203.{n // 250}.{n % 250 + 2}", 61001, (Publication("tcp", 20000 + n, 80),))
             for n in range(3000)]
-    await table.firewall.restore(many)
+    await table.firewall.restore([*many, SHARED, OFFERED])
+    await table.firewall.judge(TALKING)
     before = await table.nft("list ruleset")
     await table.nft("flush ruleset")
     assert await table.firewall.repair()
@@ -188,7 +225,7 @@ async def test_opening_and_closing_are_each_others_undoing(table: Table) -> None
         await table.firewall.open(opening)  # again is fine
     assert not await table.firewall.restore(ALL)
     await table.firewall.close([DATABASE])
-    assert not await table.firewall.restore([WEB, BARE])
+    assert not await table.firewall.restore([WEB, BARE, SHARED, HOSTED, OFFERED])
     await table.firewall.close(ALL)  # one is gone already
     await table.firewall.close(ALL)
     assert await table.nft("list ruleset") == before
@@ -217,3 +254,73 @@ async def test_many_elements_are_restored(table: Table) -> None:
     assert await table.firewall.restore(many[1:])
     await table.firewall.close(many)
     assert not await table.firewall.restore([])
+
+
+@pytest.mark.parametrize("after", [
+    replace(WEB, reach="host"), replace(WEB, reach="lan"), replace(WEB, guests=(61002, 61003)), WEB,
+    replace(WEB, uid=61007),
+])
+@pytest.mark.parametrize("before", [WEB, replace(WEB, guests=(61002,)), replace(WEB, reach="lan", guests=(61005,))])
+async def test_what_is_altered_is_as_if_opened_so(table: Table, before: Opening, after: Opening) -> None:
+    await table.firewall.restore([before, DATABASE])
+    await table.firewall.alter(after)
+    assert not await table.firewall.check()
+    assert not await table.firewall.restore([after, DATABASE])
+    await table.firewall.close([after])
+    assert not await table.firewall.restore([DATABASE])
+
+
+async def test_altering_what_others_took_away_puts_it_right(table: Table) -> None:
+    await table.firewall.restore(ALL)
+    await table.nft("delete element ip netnsd guests { 10.203.99.5 . 61003 }")
+    altered = replace(SHARED, guests=(61002,))
+    await table.firewall.alter(altered)
+    assert not await table.firewall.restore([WEB, DATABASE, BARE, altered, HOSTED, OFFERED])
+
+
+async def test_a_judgement_takes_the_place_of_the_one_before(table: Table) -> None:
+    await table.firewall.restore([WEB])
+    bare = await table.nft("list ruleset")
+    await table.firewall.judge(TALKING)
+    listing = await table.nft("list ruleset")
+    for element in ("10.203.0.2/31 . 10.203.0.4 . tcp . 80-90", "10.203.0.4 . 10.203.0.2 . udp . 53",
+                    "10.203.0.4 . 10.203.0.3 . 0-255 . 0-65535"):
+        assert element in listing
+    # What overlaps with something of before, which goes in the same step.
+    wider = Judgement(frozenset({Passage((A, C), (A, C), (6, 6), (1, 1000))}), frozenset({A}))
+    await table.firewall.judge(wider)
+    assert "10.203.0.2-10.203.0.4 . 10.203.0.2-10.203.0.4 . tcp . 1-1000" in await table.nft("list ruleset")
+    assert not await table.firewall.check()
+    await table.firewall.judge(Judgement())
+    assert await table.nft("list ruleset") == bare
+
+
+async def test_a_judgement_that_the_kernel_refuses_changes_nothing(table: Table) -> None:
+    await table.firewall.restore([WEB])
+    await table.firewall.judge(TALKING)
+    before = await table.nft("list ruleset")
+    overlapping = Judgement(frozenset({Passage((A, C), (A, A)), Passage((B, B), (A, A), (6, 6))}))
+    with pytest.raises(KernelError):
+        await table.firewall.judge(overlapping)
+    assert await table.nft("list ruleset") == before
+    assert not await table.firewall.check()
+
+
+async def test_a_judgement_outlives_a_flush_and_a_reload(table: Table) -> None:
+    await table.firewall.restore(ALL)
+    await table.firewall.judge(TALKING)
+    before = await table.nft("list ruleset")
+    await table.nft("flush ruleset")
+    await table.firewall.judge(replace(TALKING, confined=frozenset()))
+    await table.firewall.judge(TALKING)
+    assert sorted(await table.nft("list ruleset")) == sorted(before)
+
+
+async def test_differences_name_elements_of_every_kind(table: Table) -> None:
+    await table.firewall.restore(ALL)
+    await table.firewall.judge(TALKING)
+    assert await table.firewall.differences(ALL, []) == ([], [])
+    await table.nft(f"delete element bridge netnsd seats {{ {SEATED} }}; flush set ip netnsd confined")
+    await table.nft("add element ip netnsd guests { 10.203.0.2 . 61003 }")
+    assert await table.firewall.differences(ALL, []) == (
+        ["confined { 10.203.0.3 }", f"seats {{ {SEATED} }}"], ["guests { 10.203.0.2 . 61003 }"])

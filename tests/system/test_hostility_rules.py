@@ -244,7 +244,7 @@ def _owners(host: HostNamespace) -> set[tuple[str, int]]:
     "delete element ip netnsd owners {{ {address} . {uid} }}",
     "add element ip netnsd owners {{ {address} . {other} }}",
     "delete element ip netnsd published {{ tcp . {port} }}",
-    "add element ip netnsd pairs {{ {address} . 10.203.0.99 }}",
+    "add element ip netnsd allowed {{ {address} . 10.203.0.99 . tcp . 80 }}",
     "flush set ip netnsd owners",
     "insert rule ip netnsd from_host accept",
     "delete rule ip netnsd from_host handle {handle}",

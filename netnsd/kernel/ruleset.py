@@ -1,0 +1,318 @@
+"""The host's rules as text, and what their sets and maps hold, as nft writes it and as the kernel has it. Pure.
+
+Two tables, whose rules never change with the number of environments; elements of their sets do. ``ip netnsd`` says who
+reaches whom, ``bridge netnsd`` that nobody takes another's address.
+"""
+
+from __future__ import annotations
+
+import ipaddress
+import socket
+import struct
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any, NamedTuple
+
+from netnsd.core.addressing import BRIDGE_PREFIX, FIRST_PORT_IFINDEX, PORT_PREFIX
+from netnsd.core.interfaces import Opening
+from netnsd.core.judgement import Judgement, Span
+from netnsd.kernel import nfnetlink
+
+TABLE = "netnsd"
+REPLACE = "".join(f"add table {family} {TABLE}\ndelete table {family} {TABLE}\n" for family in ("ip", "bridge"))
+_RULES = """
+table ip netnsd {
+  map published { type inet_proto . inet_service : ipv4_addr . inet_service; %(published)s }
+  map offered { type inet_proto . inet_service : ipv4_addr . inet_service; %(offered)s }
+  set owners { type ipv4_addr . uid; %(owners)s }
+  set guests { type ipv4_addr . uid; %(guests)s }
+  set hosts { type ipv4_addr; %(hosts)s }
+  set lans { type ipv4_addr; %(lans)s }
+  set declared { type ipv4_addr . inet_proto . inet_service; %(declared)s }
+  set allowed { type ipv4_addr . ipv4_addr . inet_proto . inet_service; flags interval; %(allowed)s }
+  set confined { type ipv4_addr; %(confined)s }
+  set shielded { type ipv4_addr; %(shielded)s }
+  set uplinks { type ifname; %(uplinks)s }
+  set gateways { type ipv4_addr; %(gateways)s }
+  set flows { type ipv4_addr; size 65536; flags dynamic; }
+  set seekers { type ipv4_addr; size 65536; flags dynamic, timeout; timeout 60s; }
+  set neighbours { type ipv4_addr; size 4096; flags dynamic, timeout; timeout 10s; }
+
+  # route_localnet on the bridges lets the host's 127.0.0.1:PORT reach environments; nothing may use it the other way.
+  chain guard {
+    type filter hook prerouting priority -300;
+    iifname "%(bridge)s*" goto from_bridge
+    ip saddr %(supernet)s iifname != "lo" drop
+  }
+  chain from_bridge {
+    ip daddr 127.0.0.0/8 drop
+    ip saddr != %(supernet)s drop
+  }
+  chain publish_local {
+    type nat hook output priority -100;
+    ip daddr 127.0.0.0/8 meta l4proto { tcp, udp } dnat ip to meta l4proto . th dport map @published
+    fib daddr type local meta l4proto { tcp, udp } dnat ip to meta l4proto . th dport map @offered
+  }
+  chain publish_outside {
+    type nat hook prerouting priority -100;
+    iifname "%(bridge)s*" accept
+    fib daddr type local meta l4proto { tcp, udp } dnat ip to meta l4proto . th dport map @offered
+  }
+
+  # Only the owner (and root) reaches an environment, and whoever it is shared with its declared ports. Every packet of
+  # the original direction is checked, not just the first: another user's socket on the owner's source port would pass
+  # as established otherwise.
+  chain from_host {
+    type filter hook output priority 0;
+    # Not by oifname: of what publish_local translated it is still "lo" in this hook.
+    ip daddr %(supernet)s goto to_environment
+    # A socket bound to a device sends by it whatever the address: broadcast, multicast, 127/8.
+    oifname "%(port)s*" meta skuid != 0 drop
+  }
+  # Who may comes first: each rule costs every packet, and the look at the routes costs most.
+  chain to_environment {
+    meta skuid 0 accept
+    ip daddr . meta skuid @owners accept
+    ip daddr . meta skuid @guests ip daddr . meta l4proto . th dport @declared accept
+    ip daddr @hosts ip daddr . meta l4proto . th dport @declared accept
+    fib daddr type local accept
+    ct direction original meta skuid 0-4294967295 reject
+    icmp type redirect drop
+    ct state new reject
+  }
+  chain translate {
+    type nat hook postrouting priority 100;
+    # Servers inside take who comes from the bridge's address for the owner, and let it do what loopback may.
+    ip daddr %(supernet)s oifname "%(bridge)s*" meta skuid != 0 ip daddr . meta skuid != @owners snat to %(guest)s
+    ip saddr 127.0.0.0/8 oifname "%(bridge)s*" masquerade
+    ip saddr %(supernet)s oifname != "lo" oifname != "%(bridge)s*" masquerade
+  }
+
+  # Between environments only what is allowed; to the outside what they begin, if they may; from the outside only to
+  # ports that are offered. Here too packets of the original direction are never let for being established: a connection
+  # may have been made while another tool had flushed these rules, or before a policy forbade it.
+  chain through {
+    type filter hook forward priority 0;
+    iifname "%(bridge)s*" goto from_environment
+    oifname "%(bridge)s*" goto from_outside
+    iifname @uplinks oifname @uplinks drop
+  }
+  chain from_environment {
+    ct direction reply ct state established,related accept
+    oifname != "%(bridge)s*" goto to_outside
+    ct state invalid drop
+    ct state new add @flows { ip saddr ct count over %(flows)d } reject
+    ip saddr . ip daddr . meta l4proto . th dport @allowed accept
+    goto refused
+  }
+  chain to_outside {
+    ip saddr @confined ip saddr . ip daddr . meta l4proto . th dport != @allowed goto refused
+    ct state established,related accept
+    ct state invalid drop
+    ct state new add @flows { ip saddr ct count over %(flows)d } reject
+    ct state new rt nexthop != @gateways jump to_neighbour
+    tcp flags syn tcp option maxseg size set rt mtu
+    accept
+  }
+  # Each neighbour that does not answer has a place in a table that all of the host shares, and which by default ends at
+  # 1024 (arp(7), gc_thresh3), for some 8 seconds. So new ones are few at a time, of one environment and of all.
+  chain to_neighbour {
+    rt nexthop @neighbours return
+    update @seekers { ip saddr limit rate over 5/second burst 32 packets } reject
+    limit rate over 40/second burst 256 packets reject
+    add @neighbours { rt nexthop }
+  }
+  # A reset is told at once; the kernel sends a peer about one ICMP error a second (net.ipv4.icmp_ratelimit).
+  chain refused {
+    meta l4proto tcp reject with tcp reset
+    reject with icmp type admin-prohibited
+  }
+  chain from_outside {
+    ct direction reply ct state established,related accept
+    ct status dnat ip daddr @lans ip daddr . meta l4proto . th dport @declared goto offering
+    drop
+  }
+  chain offering {
+    ip daddr != @shielded accept
+    ip saddr . ip daddr . meta l4proto . th dport @allowed accept
+    drop
+  }
+
+  # The host's own services are not for environments.
+  chain to_host {
+    type filter hook input priority 0;
+    iifname != "%(bridge)s*" accept
+    ct direction reply ct state established,related accept
+    icmp type echo-request accept
+    meta l4proto tcp reject with tcp reset
+    reject with icmp type admin-prohibited
+  }
+}
+table bridge netnsd {
+  set seats { type iface_index . ether_addr . ipv4_addr; %(seats)s }
+
+  # What an environment sends has its own addresses and is IPv4, whatever rights its processes have inside.
+  chain from_port {
+    type filter hook prerouting priority -300;
+    iifname "%(port)s*" goto seated
+  }
+  chain seated {
+    ether type ip meta iif . ether saddr . ip saddr @seats accept
+    ether type arp meta iif . ether saddr . arp saddr ip @seats meta iif . arp saddr ether . arp saddr ip @seats accept
+    drop
+  }
+}
+"""
+_FAMILIES = {"seats": "bridge"}
+
+
+def family_of(name: str) -> str:
+    """The family of the table that has a set or map."""
+    return _FAMILIES.get(name, "ip")
+
+
+class Kind(NamedTuple):
+    """A set, or a map where it has data: how each field of its elements is packed."""
+
+    key: tuple[Callable[[Any], bytes], ...]
+    data: tuple[Callable[[Any], bytes], ...] = ()
+
+
+# Integers of the host, such as a user's id and an interface's index, are in the host's order.
+_host_order = struct.Struct("=I").pack
+_address = socket.inet_aton
+_protocol: Callable[[str], bytes] = {name: bytes([number]) for name, number in nfnetlink.PROTOCOLS.items()}.__getitem__
+KINDS = {
+    "published": Kind((_protocol, nfnetlink.port), (_address, nfnetlink.port)),
+    "offered": Kind((_protocol, nfnetlink.port), (_address, nfnetlink.port)),
+    "owners": Kind((_address, _host_order)),
+    "guests": Kind((_address, _host_order)),
+    "hosts": Kind((_address,)),
+    "lans": Kind((_address,)),
+    "declared": Kind((_address, _protocol, nfnetlink.port)),
+    "confined": Kind((_address,)),
+    "shielded": Kind((_address,)),
+    "seats": Kind((_host_order, lambda mac: bytes.fromhex(mac.replace(":", "")), _address)),
+}
+# Set or map to its elements, each a tuple of fields: those of the key, then those of the data.
+Fields = tuple[Any, ...]
+Elements = dict[str, list[Fields]]
+
+
+def of_openings(openings: Iterable[Opening]) -> Elements:
+    """What is there for environments."""
+    found: Elements = {"owners": [], "published": []}
+    for opening in openings:
+        address = opening.address
+        found["owners"].append((address, opening.uid))
+        published = [(p.protocol, p.published, address, p.port) for p in opening.publications]
+        found["published"] += published
+        if opening.guests or opening.reach != "owner":
+            found.setdefault("guests", []).extend((address, uid) for uid in opening.guests)
+            found.setdefault("declared", []).extend((address, p.protocol, p.port) for p in opening.publications)
+        if opening.reach != "owner":
+            found.setdefault("hosts", []).append((address,))
+        if opening.reach == "lan":
+            found.setdefault("lans", []).append((address,))
+            found.setdefault("offered", []).extend(published)
+    return {name: elements for name, elements in found.items() if elements}
+
+
+def of_judgement(judgement: Judgement) -> Elements:
+    """What is there for policies; the fields of ``allowed`` are spans of numbers."""
+    found: Elements = {
+        "allowed": [(p.sources, p.targets, p.protocols, p.ports) for p in sorted(judgement.passages)],
+        "confined": [(_dotted(address),) for address in sorted(judgement.confined)],
+        "shielded": [(_dotted(address),) for address in sorted(judgement.shielded)]}
+    return {name: elements for name, elements in found.items() if elements}
+
+
+def packed(elements: Mapping[str, Sequence[Fields]]) -> dict[str, list[nfnetlink.Element]]:
+    """Elements as the kernel has them."""
+    return {name: [_passage(fields) if name == "allowed" else _packed(KINDS[name], fields) for fields in some]
+            for name, some in elements.items()}
+
+
+def text(*, supernet: str, flows: int, elements: Elements | None = None, uplinks: Sequence[str] = (),
+         gateways: Sequence[str] = ()) -> str:
+    """Both tables as nft commands.
+
+    Args:
+        supernet: all environments' addresses, in CIDR form.
+        flows: connections of one environment that the host tracks at once.
+        elements: those of ``KINDS`` and ``allowed``.
+        uplinks: interfaces that are not routed between.
+        gateways: addresses of neighbours that an environment may always go by.
+    """
+    values = {name: [written(name, fields) for fields in some] for name, some in (elements or {}).items()}
+    values |= {"uplinks": [f'"{name}"' for name in uplinks], "gateways": list(gateways)}
+    return _RULES % {
+        **{name: f"elements = {{ {', '.join(values[name])} }}" if values.get(name) else ""
+           for name in (*KINDS, "allowed", "uplinks", "gateways")},
+        # An address of no environment and of no bridge.
+        "guest": str(ipaddress.ip_network(supernet).network_address),
+        "supernet": supernet, "bridge": BRIDGE_PREFIX, "port": PORT_PREFIX, "flows": flows}
+
+
+def written(name: str, fields: Fields) -> str:
+    """An element as nft writes it."""
+    if name == "allowed":
+        sources, targets, protocols, ports = fields
+        return " . ".join((_span(sources, _dotted), _span(targets, _dotted), _span(protocols, str), _span(ports, str)))
+    keys = len(KINDS[name].key)
+    parts = [" . ".join(map(str, part)) for part in (fields[:keys], fields[keys:]) if part]
+    return " : ".join(parts)
+
+
+def listed(name: str, element: Any) -> str:
+    """An element of nft's JSON, listed with NUMERIC_PROTO, as ``comparable`` has it."""
+    if isinstance(element, list):
+        return " : ".join(listed(name, part) for part in element)
+    if isinstance(element, dict) and "concat" in element:
+        parts = [_flat(part) for part in element["concat"]]
+        if name == "seats" and parts[0].startswith(PORT_PREFIX):  # nft names interfaces that are there
+            parts[0] = str(FIRST_PORT_IFINDEX + int(parts[0].removeprefix(PORT_PREFIX)))
+        return " . ".join(parts)
+    return _flat(element)
+
+
+def comparable(name: str, fields: Fields) -> str:
+    """An element as ``listed`` has it. Names of protocols come from /etc/protocols, which small hosts lack."""
+    if name == "allowed":
+        return written(name, fields)
+    return written(name, tuple(nfnetlink.PROTOCOLS.get(field, field) if isinstance(field, str) else field
+                               for field in fields))
+
+
+def _packed(kind: Kind, fields: Fields) -> nfnetlink.Element:
+    keys = len(kind.key)
+    key = nfnetlink.concatenation(*[pack(field) for pack, field in zip(kind.key, fields[:keys], strict=True)])
+    if not kind.data:
+        return nfnetlink.Element(key)
+    data = [pack(field) for pack, field in zip(kind.data, fields[keys:], strict=True)]
+    return nfnetlink.Element(key, nfnetlink.concatenation(*data))
+
+
+def _passage(fields: Fields) -> nfnetlink.Element:
+    first, last = (nfnetlink.concatenation(
+        *[struct.pack(layout, span[end]) for layout, span in zip((">I", ">I", "B", ">H"), fields, strict=True)])
+        for end in (0, 1))
+    return nfnetlink.Element(first, b"", last)
+
+
+def _dotted(address: int) -> str:
+    return socket.inet_ntoa(address.to_bytes(4, "big"))
+
+
+def _span(span: Span, show: Callable[[int], str]) -> str:
+    first, last = span
+    return show(first) if first == last else f"{show(first)}-{show(last)}"
+
+
+def _flat(part: Any) -> str:
+    if isinstance(part, dict) and "range" in part:
+        return "-".join(map(str, part["range"]))
+    if isinstance(part, dict) and "prefix" in part:
+        network = ipaddress.ip_network(f"{part['prefix']['addr']}/{part['prefix']['len']}")
+        return f"{network[0]}-{network[-1]}"
+    return str(part)  # anything else is none of ours, and so is drift
+
