@@ -246,6 +246,13 @@ class SqliteStore:
                              " rowid = (SELECT max(rowid) + 1 FROM environments) WHERE id = ?",
                              (e.name, e.netns, json.dumps(e.labels), e.stock, e.created_at, e.id))
 
+    def change(self, environment: Environment) -> None:
+        """See ``core.interfaces.Store``."""
+        e = environment
+        with _translated():
+            self._db.execute("UPDATE environments SET labels = ?, share = ?, egress = ? WHERE id = ?",
+                             (json.dumps(e.labels), e.share, e.egress, e.id))
+
     def templates(self) -> list[Template]:
         """See ``core.interfaces.Store``."""
         with _translated():

@@ -109,6 +109,14 @@ class CreateRequest(Specification, frozen=True, kw_only=True, forbid_unknown_fie
     template: str | None = None
 
 
+class ChangeRequest(Request, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """``PATCH /v1/environments/{ref}``: what is absent stays. ``labels`` that are null are taken away."""
+
+    share: str | None = None
+    egress: str | None = None
+    labels: dict[str, str | None] = {}
+
+
 class TemplateRequest(Request, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """``POST /v1/templates``. ``warm``: so many environments of it are kept started and ready.
 

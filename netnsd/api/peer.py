@@ -61,6 +61,34 @@ async def account(uid: int) -> Actor | None:
     return Actor(uid=uid, gid=gid, groups=groups, user=user, home=home, shell=shell, is_admin=False)
 
 
+async def members(kind: str, name: str) -> tuple[int, ...] | None:
+    """The ids of a user, or of a group's members: those that the group lists, and those whose own group it is.
+
+    None where there is no such user or group. See ``core.actor.Members``.
+    """
+    return await trio.to_thread.run_sync(_members, kind, name, abandon_on_cancel=True)
+
+
+def _members(kind: str, name: str) -> tuple[int, ...] | None:
+    try:
+        if kind == "user":
+            return (pwd.getpwnam(name).pw_uid,)
+        group = grp.getgrnam(name)
+    except (KeyError, ValueError):
+        return None
+    listed = set(group.gr_mem)
+    return tuple(sorted({e.pw_uid for e in pwd.getpwall() if e.pw_gid == group.gr_gid or e.pw_name in listed}
+                        | {uid for member in listed if (uid := _uid_of(member)) is not None}))
+
+
+def _uid_of(user: str) -> int | None:
+    """Of a user that a name service may know, and not list."""
+    try:
+        return pwd.getpwnam(user).pw_uid
+    except KeyError:
+        return None
+
+
 def _login(uid: int) -> tuple[str, int, str, str, tuple[int, ...]] | None:
     try:
         entry = pwd.getpwuid(uid)

@@ -185,6 +185,12 @@ def _failure(ref: str, error: NetnsdError) -> wire.Failure:
                                                       details=error.details))
 
 
+async def _change(call: Call) -> wire.Environment:
+    environment = call.context.environments.registry.find(call.ref, call.actor)
+    await call.context.environments.change(environment, call.body)
+    return views.environment(environment)
+
+
 async def _start(call: Call) -> wire.Environment:
     environment = call.context.environments.registry.find(call.ref, call.actor)
     await call.context.environments.start(environment)
@@ -318,6 +324,8 @@ ROUTES: tuple[Route, ...] = (
           query={"ref": "which, may be given more than once", "label": "k=v: those with all of these labels",
                  "everything": "1: all of one's own", **_WAIT}),
     Route("GET", _REF, Permission.OWNER, _show, "Show one environment", wire.Environment),
+    Route("PATCH", _REF, Permission.OWNER, _change, "Change its share, its egress or its labels", wire.Environment,
+          body=wire.ChangeRequest),
     Route("DELETE", _REF, Permission.OWNER, _remove, "Remove an environment; it is gone with the answer", Nothing,
           query=_WAIT),
     Route("POST", _REF + "/start", Permission.OWNER, _start, "Start services that do not run", wire.Environment,

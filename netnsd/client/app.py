@@ -30,6 +30,8 @@ _VERBS = {
     "restart": "lifecycle",
     "rm": "removing",
     "wait": "lifecycle",
+    "share": "changing",
+    "label": "changing",
     "template": "templates",
     "pool": "pools",
     "info": "host",

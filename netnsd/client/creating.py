@@ -35,6 +35,8 @@ def specification_options(verb: Callable[..., Any]) -> Callable[..., Any]:
                      help="In which failures do not count (default: 30)."),
         click.option("--pids", type=click.IntRange(min=1), metavar="N",
                      help="At most so many processes and threads at once."),
+        click.option("--share", metavar="WHO",
+                     help="Who else reaches its ports: host, lan, or user:NAME,group:NAME (default: nobody)."),
     )):
         verb = option(verb)
     return verb

@@ -23,5 +23,7 @@ class Actor:
         return self.is_admin or uid == self.uid
 
 
+# The ids of a user ("user", name), or of all members of a group ("group", name); None where there is no such one.
+Members = Callable[[str, str], Awaitable[tuple[int, ...] | None]]
 # Who a user is now, with the groups that a login would give; None where there is no such account any more.
 Account = Callable[[int], Awaitable[Actor | None]]

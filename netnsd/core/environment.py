@@ -72,7 +72,8 @@ class Environment:
     """One environment. Mutable where its life changes it: ``state`` and ``services``.
 
     ``stock``: the id of the template that it is kept for, started before anybody asked; "" when it has been asked for.
-    ``share`` and ``egress`` are as in ``wire.Specification``.
+    ``share`` and ``egress`` are as in ``wire.Specification``; ``guests`` are the ids of whom ``share`` names, and not
+    stored.
     """
 
     id: str
@@ -89,6 +90,7 @@ class Environment:
     egress: str = "allow"
     resources: wire.Resources = field(default_factory=wire.Resources)
     ports: tuple[PublishedPort, ...] = ()
+    guests: tuple[int, ...] = ()
     state: StoredState = "creating"
     services: dict[str, Service] = field(default_factory=dict)
 

@@ -16,7 +16,7 @@ import trio
 
 from netnsd import wire
 from netnsd.core import specification
-from netnsd.core.actor import Account, Actor
+from netnsd.core.actor import Account, Actor, Members
 from netnsd.core.addressing import Plan, Slot
 from netnsd.core.admission import AT_ONCE, Admission
 from netnsd.core.allocation import SlotAllocator
@@ -29,6 +29,7 @@ from netnsd.core.quiet import Quiet
 from netnsd.core.registry import Blueprint, Registry, Settings
 from netnsd.core.removal import Removal
 from netnsd.core.settling import Settling
+from netnsd.core.sharing import Sharing
 from netnsd.core.supervisor import Supervisor
 from netnsd.core.takeover import Takeover
 from netnsd.core.waiting import Aim, Waits
@@ -42,8 +43,8 @@ _MANY_AT_ONCE = 4  # of one request: half of what the host does at once
 class Environments:
     """All environments of this host. ``run`` must be running while anything else is called."""
 
-    def __init__(self, adapters: Adapters, plan: Plan, settings: Settings, emit: Emit,
-                 account: Account) -> None:
+    def __init__(self, adapters: Adapters, plan: Plan, settings: Settings, emit: Emit, *,
+                 account: Account, members: Members) -> None:
         self._a = adapters
         self._plan = plan
         self.settings = settings
@@ -53,6 +54,7 @@ class Environments:
         self._particulars = Particulars(emit)
         self.registry = Registry(settings, adapters.store, adapters.clock, self._slots,
                                  is_listening=adapters.firewall.is_listening, is_taken=adapters.network.is_taken)
+        self._sharing = Sharing(adapters.firewall, self.registry, self._particulars, members)
         self._settling = Settling(adapters, self.registry, self._particulars, self._quiet)
         self._supervisor = Supervisor(adapters, emit, settings.hard_limits, self._ready, self._settling.furnish)
         self.pool = Pool(SlotMaker(adapters), self._slots, plan, settings.pool, self._quiet,
@@ -65,7 +67,8 @@ class Environments:
                                    pool=self.pool)
         self._takeover = Takeover(
             adapters, settings.boot_id, emit, account, registry=self.registry, supervisor=self._supervisor,
-            particulars=self._particulars, settling=self._settling, removal=self._removal, caretaker=self.caretaker)
+            particulars=self._particulars, settling=self._settling, removal=self._removal, caretaker=self.caretaker,
+            sharing=self._sharing)
 
     # -- life ---------------------------------------------------------------------------------------------------
 
@@ -128,7 +131,7 @@ class Environments:
             await self._removal.remove_quietly(environments)
 
     async def _create(self, request: wire.CreateRequest, actor: Actor, wired: Callable[[], None]) -> Environment:
-        blueprint = Blueprint.of(request, actor, self.settings)
+        blueprint = await self._blueprint(request, actor)
         await self.make_way(request, actor)
         slot = self.pool.take()
         if slot is not None:
@@ -137,6 +140,12 @@ class Environments:
             except SlotSpoilt as error:
                 self._emit("slot_spoilt", 0, "", "", slot=slot.index, reason=str(error))
         return await self._make(blueprint, actor, self._plan.slot(self._slots.take()), wired, is_warm=False)
+
+    async def _blueprint(self, request: wire.CreateRequest, actor: Actor) -> Blueprint:
+        blueprint = Blueprint.of(request, actor, self.settings)
+        if specification.named_guests(blueprint.share):
+            blueprint = replace(blueprint, guests=await self._sharing.guests(blueprint.share))
+        return blueprint
 
     async def make_way(self, request: wire.CreateRequest, actor: Actor) -> None:
         """Remove the actor's environment of that name, where the request says so."""
@@ -148,7 +157,7 @@ class Environments:
 
     async def stock(self, request: wire.CreateRequest, actor: Actor, template: str) -> Environment:
         """Make an environment that nobody sees until it is handed over. ``template``: the id that it is kept for."""
-        blueprint = replace(Blueprint.of(request, actor, self.settings), stock=template)
+        blueprint = replace(await self._blueprint(request, actor), stock=template)
         async with self.admission.turn(actor.uid) as give_back:
             return await self._make(blueprint, actor, self._plan.slot(self._slots.take()), give_back, is_warm=False)
 
@@ -263,6 +272,26 @@ class Environments:
             for service in list(environment.services.values()):
                 await self._supervisor.start(environment, service)
 
+    async def change(self, environment: Environment, request: wire.ChangeRequest) -> None:
+        """Change what may be changed while it runs. Shares act on the next connection, and end those of who is out.
+
+        Raises InvalidRequest, InvalidLabel, StoreError and KernelError, with nothing changed.
+        """
+        share = specification.check_share(environment.share if request.share is None else request.share)
+        egress = specification.check_egress(environment.egress if request.egress is None else request.egress)
+        guests = environment.guests if request.share is None else await self._sharing.guests(share)
+        async with self._ready(environment):
+            before = replace(environment)
+            labels = specification.check_labels(specification.merged(environment.labels, request.labels))
+            self.registry.change(environment, labels=labels, share=share, egress=egress, guests=guests)
+            try:
+                await self._a.firewall.alter(opening(environment))
+            except BaseException:
+                self.registry.change(environment, labels=before.labels, share=before.share, egress=before.egress,
+                                     guests=before.guests)
+                raise
+        self._particulars.tell("changed", environment, share=share, egress=egress)
+
     async def attach(self, request: wire.ExecRequest, actor: Actor, connection: int) -> int:
         """Run a command in an environment on descriptors that the peer of ``connection`` (borrowed) will send.
 
@@ -314,5 +343,6 @@ class Environments:
         self._removal.remove_behind(*environments)
 
     async def check(self) -> bool:
-        """See ``caretaker.Caretaker``."""
+        """See ``caretaker.Caretaker`` and ``sharing.Sharing``."""
+        await self._sharing.follow()
         return await self.caretaker.check()

@@ -294,6 +294,9 @@ class Network(Protocol):
         ...
 
 
+Reach = Literal["owner", "host", "lan"]
+
+
 @dataclass(frozen=True, slots=True)
 class Opening:
     """What the firewall holds for one environment.
@@ -305,7 +308,7 @@ class Opening:
     uid: int
     publications: tuple[Publication, ...]
     guests: tuple[int, ...] = ()
-    reach: Literal["owner", "host", "lan"] = "owner"
+    reach: Reach = "owner"
 
 
 class Firewall(Protocol):
@@ -316,7 +319,7 @@ class Firewall(Protocol):
         ...
 
     async def alter(self, opening: Opening) -> None:
-        """Make this what there is for its address, which was opened, in one step.
+        """Make this what there is for its address, in one step; nothing where that was closed meanwhile.
 
         Raises KernelError, and it is as before.
         """
@@ -370,6 +373,10 @@ class Store(Protocol):
 
     def rename(self, environment: Environment) -> None:
         """Write an environment's name, netns, labels, stock and time."""
+        ...
+
+    def change(self, environment: Environment) -> None:
+        """Write an environment's labels, share and egress."""
         ...
 
     def templates(self) -> list[Template]:

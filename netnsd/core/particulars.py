@@ -9,8 +9,11 @@ from typing import Any
 import trio
 
 from netnsd.core.environment import Environment
-from netnsd.core.interfaces import Emit, Opening, Publication
+from netnsd.core.interfaces import Emit, Opening, Publication, Reach
 from netnsd.core.supervisor import seen_by
+from netnsd.errors import NotFound
+
+_REACH: dict[str, Reach] = {"host": "host", "lan": "lan"}
 
 
 class Particulars:
@@ -34,7 +37,7 @@ class Particulars:
     def turn(self, environment: Environment, require: Callable[[Environment], None]
              ) -> AbstractAsyncContextManager[None]:
         """The environment's lock, with a look (which raises) at whether it is still there once it is held."""
-        return _Turn(self.lock(environment), environment, require)
+        return _Turn(self, environment, require)
 
     def forget(self, environment: Environment) -> None:
         """It is gone."""
@@ -48,15 +51,19 @@ class Particulars:
 
 
 class _Turn:
-    def __init__(self, lock: trio.Lock, environment: Environment, require: Callable[[Environment], None]) -> None:
-        self._lock, self._environment, self._require = lock, environment, require
+    def __init__(self, particulars: Particulars, environment: Environment,
+                 require: Callable[[Environment], None]) -> None:
+        self._particulars, self._environment, self._require = particulars, environment, require
+        self._lock = particulars.lock(environment)
 
     async def __aenter__(self) -> None:
         await self._lock.acquire()
         try:
             self._require(self._environment)
-        except BaseException:
+        except BaseException as error:
             self._lock.release()
+            if isinstance(error, NotFound):
+                self._particulars.forget(self._environment)  # the lock may have been made anew for it
             raise
 
     async def __aexit__(self, *_: object) -> None:
@@ -66,4 +73,5 @@ class _Turn:
 def opening(environment: Environment) -> Opening:
     """What the firewall is to hold for an environment."""
     return Opening(environment.slot.address, environment.uid,
-                   tuple(Publication(p.protocol, p.published, p.port) for p in environment.ports))
+                   tuple(Publication(p.protocol, p.published, p.port) for p in environment.ports),
+                   environment.guests, _REACH.get(environment.share, "owner"))

@@ -45,7 +45,7 @@ class Settings:
 
 @dataclass(frozen=True, slots=True)
 class Blueprint:
-    """A request that was checked, and means something. ``stock``: as in Environment."""
+    """A request that was checked, and means something. ``stock`` and ``guests``: as in Environment."""
 
     name: str
     labels: dict[str, str]
@@ -55,6 +55,7 @@ class Blueprint:
     services: dict[str, Service]
     resources: wire.Resources
     stock: str = ""
+    guests: tuple[int, ...] = ()
 
     @classmethod
     def of(cls, request: wire.CreateRequest, actor: Actor, settings: Settings) -> Blueprint:
@@ -159,7 +160,8 @@ class Registry:
                 labels=blueprint.labels, share=blueprint.share, egress=blueprint.egress,
                 created_at=self._clock.now(),
                 boot_id=self._settings.boot_id, stock=blueprint.stock, resources=blueprint.resources,
-                ports=tuple(ports[place] for place in sorted(ports)), services=dict(blueprint.services))
+                ports=tuple(ports[place] for place in sorted(ports)), guests=blueprint.guests,
+                services=dict(blueprint.services))
             with self._store.transaction():
                 self._store.add(environment)
         except BaseException:
@@ -168,6 +170,14 @@ class Registry:
             raise
         self._know(environment)
         return environment
+
+    def change(self, environment: Environment, *, labels: dict[str, str], share: str, egress: str,
+               guests: tuple[int, ...]) -> None:
+        """Write what else is to be so of an environment, and have it so. Raises StoreError, with nothing changed."""
+        with self._store.transaction():
+            self._store.change(replace(environment, labels=labels, share=share, egress=egress))
+        environment.labels, environment.share, environment.egress = labels, share, egress
+        environment.guests = guests
 
     def remember(self, environment: Environment) -> None:
         """Know an environment of an earlier run, and what it holds."""

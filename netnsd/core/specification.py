@@ -27,11 +27,14 @@ MAX_PORTS = 64
 MAX_SERVICES = 32
 MAX_LABELS = 64
 MAX_COUNT = 500
+MAX_SHARES = 64
+MAX_GUESTS = 4096
 MOST_PIDS = 4194304  # PID_MAX_LIMIT, linux/threads.h
 
 _NAME = re.compile(r"[a-z0-9]([a-z0-9-]{0,61}[a-z0-9])?\Z")
 _LABEL_KEY = re.compile(r"[A-Za-z0-9]([A-Za-z0-9._/-]{0,126}[A-Za-z0-9])?\Z")
 _LABEL_VALUE_CHARACTERS = 256
+_SHARE = re.compile(r"(user|group):[^\s:,/\0]{1,64}\Z")
 _PATH_CHARACTERS = 1024
 _PATH = re.compile(rf"/[!-~]{{0,{_PATH_CHARACTERS - 1}}}\Z")
 _HEALTH_RANGES = {"interval_seconds": (1, 86400), "timeout_seconds": (0.1, 3600), "retries": (1, 1000),
@@ -102,6 +105,12 @@ def check_labels(labels: Mapping[str, str]) -> dict[str, str]:
     return dict(labels)
 
 
+def merged(labels: Mapping[str, str], changes: Mapping[str, str | None]) -> dict[str, str]:
+    """Labels with changes: a value takes the place of one of before, None takes it away."""
+    both = {**labels, **changes}
+    return {key: value for key, value in both.items() if value is not None}
+
+
 def check_count(count: int | None) -> range:
     """The numbers of so many environments, from 1. Raises InvalidRequest."""
     if count is None or not 1 <= count <= MAX_COUNT:
@@ -164,9 +173,18 @@ def check_health(check: wire.HealthCheck | None) -> wire.HealthCheck | None:
 
 def check_share(share: str) -> str:
     """Return who else reaches an environment when it says so. Raises InvalidRequest."""
-    if share != "owner":
-        raise InvalidRequest(f"share {_shown(share)} is not owner", hint="Leave it out.")
-    return share
+    if share in ("owner", "host", "lan"):
+        return share
+    parts = share.split(",")
+    if len(parts) > MAX_SHARES or not all(_SHARE.match(part) for part in parts):
+        raise InvalidRequest(f"share {_shown(share)} is none of owner, host, lan and user:NAME,group:NAME",
+                             hint=f"At most {MAX_SHARES} users and groups, with commas between.")
+    return ",".join(dict.fromkeys(parts))
+
+
+def named_guests(share: str) -> list[tuple[str, str]]:
+    """The (kind, name) pairs, such as ("user", "alice"), of a share that was checked; none for owner, host and lan."""
+    return [(kind, name) for kind, colon, name in (part.partition(":") for part in share.split(",")) if colon]
 
 
 def check_egress(egress: str) -> str:

@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from netnsd.core.registry import Registry
     from netnsd.core.removal import Removal
     from netnsd.core.settling import Settling
+    from netnsd.core.sharing import Sharing
 
 _REBOOTED = "the host was started anew"
 
@@ -30,7 +31,7 @@ class Takeover:
 
     def __init__(self, adapters: Adapters, boot_id: str, emit: Emit, account: Account, *, registry: Registry,
                  supervisor: Supervisor, particulars: Particulars, settling: Settling, removal: Removal,
-                 caretaker: Caretaker) -> None:
+                 caretaker: Caretaker, sharing: Sharing) -> None:
         self._a = adapters
         self._boot_id = boot_id
         self._emit = emit
@@ -41,6 +42,7 @@ class Takeover:
         self._settling = settling
         self._removal = removal
         self._caretaker = caretaker
+        self._sharing = sharing
 
     async def run(self) -> None:
         """Do it. Every environment of the state file is whole afterwards, or going.
@@ -64,6 +66,7 @@ class Takeover:
             # Whose port it is now would be robbed of those who connect to it, root among them.
             if taken := [p for p in environment.ports if self._a.firewall.is_listening(p.protocol, p.published)]:
                 lost[environment.id] = f"published port {taken[0].published}/{taken[0].protocol} is another's now"
+        await self._sharing.recall(desired)
         # Nobody reaches anything of before until what may reach it is known.
         await self._a.firewall.restore([opening(e) for e, _ in (*actions.adopt, *actions.remake) if e.id not in lost])
         for environment, services in actions.adopt:

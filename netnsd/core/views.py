@@ -14,7 +14,7 @@ def environment(kept: Environment) -> wire.Environment:
         id=kept.id, name=kept.name, owner=wire.Owner(uid=kept.uid, user=kept.user), state=kept.shown_state,
         address=kept.slot.address, netns=kept.netns_path,
         ports=[wire.Port(port=p.port, protocol="udp" if p.protocol == "udp" else "tcp", published=p.published,
-                         listen=p.listen) for p in kept.ports],
+                         listen="0.0.0.0" if kept.share == "lan" else p.listen) for p in kept.ports],
         services=[wire.Service(name=s.name, command=list(s.command.argv), pid=s.pid, state=s.state,
                                exit_code=s.exit_code, restart=s.restart, restarts=s.restarts, health=s.health)
                   for s in kept.services.values()],

@@ -126,7 +126,8 @@ class Node:
                                           hide=[str(NETNS_DIRECTORY), str(network.pins)],
                                           starts=self._starts_launcher)
             adapters = Adapters(network, firewall, processes, cgroups, store, files, self._clock, HostProbes())
-            self.environments = Environments(adapters, plan, self._settings(), self._emit, peer.account)
+            self.environments = Environments(adapters, plan, self._settings(), self._emit, account=peer.account,
+                                             members=peer.members)
             self._templates = Templates(self.environments, adapters, peer.account, self._emit)
             try:
                 # What environments lean on ends after them.

@@ -137,14 +137,13 @@ class NftFirewall:
 
     def _alter(self, opening: Opening) -> None:
         before = self._desired.get(opening.address)
+        if before is None:  # it was closed meanwhile
+            return
         self._desired[opening.address] = opening
         try:
-            self._change(ruleset.of_openings([before] if before is not None else []), ruleset.of_openings([opening]))
+            self._change(ruleset.of_openings([before]), ruleset.of_openings([opening]))
         except BaseException:
-            if before is None:
-                del self._desired[opening.address]
-            else:
-                self._desired[opening.address] = before
+            self._desired[opening.address] = before
             raise
 
     def _change(self, before: Elements, after: Elements) -> None:

@@ -46,7 +46,7 @@ async def service(subjects: Subjects, faults: Faults) -> AsyncIterator[Environme
                         wrap(subjects.store, "store"), wrap(subjects.files, "files"), FakeClock(),
                         wrap(subjects.probes, "probes"))
     environments = Environments(adapters, PLAN, Settings((20000, 20009), True, "b"), lambda *_, **__: None,
-                                peer.account)
+                                account=peer.account, members=peer.members)
     async with trio.open_nursery() as nursery:
         await nursery.start(environments.run)
         yield environments

@@ -32,9 +32,11 @@ class FakeFirewall:
         self._desired[opening.address] = opening
 
     async def alter(self, opening: Opening) -> None:
-        before = self._desired[opening.address]
-        await self.close([before])
-        await self.open(opening)
+        before = self._desired.get(opening.address)
+        if before is not None:
+            await self.close([before])
+            await self.open(opening)
+        await trio.lowlevel.checkpoint()
 
     async def close(self, openings: Sequence[Opening]) -> None:
         await trio.lowlevel.checkpoint()

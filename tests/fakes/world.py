@@ -53,6 +53,7 @@ class World:
         self.plan = Plan(supernet, bridge_ports)
         self.settings = Settings(published_range, allow_setuid, boot_id, {}, creations_waiting, pool or PoolSettings())
         self.accounts = {user.uid: user for user in (ALICE, BOB, CAROL)}
+        self.groups: dict[str, tuple[int, ...]] = {}
         self.faults = Faults()
         self.network, self.firewall, self.cgroups = FakeNetwork(), FakeFirewall(), FakeCgroups()
         self.processes, self.files, self.clock = FakeProcesses(self.cgroups), FakeFiles(), FakeClock()
@@ -73,7 +74,8 @@ class World:
                 wrap(self.cgroups, "cgroups"), wrap(self.store, "store"), wrap(self.files, "files"), self.clock,
                 wrap(self.probes, "probes"))
             self.processes.restart_daemon()
-            self.environments = Environments(adapters, self.plan, self.settings, self._emit, self._account)
+            self.environments = Environments(adapters, self.plan, self.settings, self._emit, account=self._account,
+                                             members=self._members)
             self.templates = Templates(self.environments, adapters, self._account, self._emit)
             async with trio.open_nursery() as nursery:
                 await nursery.start(self.environments.run)
@@ -82,6 +84,11 @@ class World:
                 nursery.cancel_scope.cancel()
         finally:
             self.store.close()
+
+    async def _members(self, kind: str, name: str) -> tuple[int, ...] | None:
+        if kind == "group":
+            return self.groups.get(name)
+        return next(((user.uid,) for user in self.accounts.values() if user.user == name), None)
 
     async def _account(self, uid: int) -> Actor | None:
         return self.accounts.get(uid)

@@ -1,84 +1,136 @@
-"""What many ask for at once is found once, after they asked, and not without a rest."""
+"""Who an environment is shared with: checked, found, followed, and never left half-changed."""
 
 from __future__ import annotations
 
+from pathlib import Path
+
+import msgspec
 import pytest
-import trio
-import trio.testing
 
-from netnsd.core.batch import Shared
-from netnsd.errors import KernelError
+from netnsd import wire
+from netnsd.core.environment import Environment
+from netnsd.core.environments import Environments
+from netnsd.core.interfaces import Opening
+from netnsd.core.specification import MAX_SHARES, check_share, named_guests
+from netnsd.errors import InvalidLabel, InvalidRequest, KernelError, NotFound, StoreError
+from tests.fakes.faults import raising
+from tests.fakes.world import ALICE, BOB, World, request
 
-Clock = trio.testing.MockClock
-
-
-class Looks:
-    """Takes a second to say how often it was asked; ``fails`` says at which of these times."""
-
-    def __init__(self, fails: int = 0) -> None:
-        self.begun = 0
-        self.fails = fails
-
-    async def look(self) -> int:
-        self.begun += 1
-        number = self.begun
-        await trio.sleep(1)
-        if number == self.fails:
-            raise KernelError("not now")
-        return number
+SHARED = msgspec.structs.replace(request("web", "server", ports=1), share="user:bob,group:shop")
 
 
-async def test_who_ask_at_once_share_an_answer(autojump_clock: Clock) -> None:
-    looks, found = Looks(), []
-    shared = Shared(looks.look)
-
-    async def ask() -> None:
-        found.append(await shared.get())
-
-    async with trio.open_nursery() as nursery:
-        for _ in range(20):
-            nursery.start_soon(ask)
-    assert found == [1] * 20
-    assert looks.begun == 1
+@pytest.fixture
+def world(tmp_path: Path) -> World:
+    world = World(tmp_path)
+    world.groups["shop"] = (0, 1002, 1009)
+    return world
 
 
-async def test_an_answer_is_found_after_it_was_asked_for(autojump_clock: Clock) -> None:
-    looks = Looks()
-    shared = Shared(looks.look)
-    async with trio.open_nursery() as nursery:
-        nursery.start_soon(shared.get)
-        await trio.sleep(0.5)
-        assert await shared.get() == 2
-    assert await shared.get() == 3
+def held(world: World, environment: Environment) -> Opening:
+    return world.firewall._desired[environment.slot.address]
 
 
-async def test_at_most_half_of_the_time_is_spent(autojump_clock: Clock) -> None:
-    looks = Looks()
-    shared = Shared(looks.look)
-    with trio.move_on_after(20.5):
-        async with trio.open_nursery() as nursery:
-            for _ in range(5):
-                nursery.start_soon(_for_ever, shared)
-    assert looks.begun <= 11
-    began = trio.current_time()
-    await trio.sleep(10)
-    await shared.get()
-    assert trio.current_time() - began == pytest.approx(11), "it has rested"
+@pytest.mark.parametrize("share", ["owner", "host", "lan", "user:bob", "group:shop,user:bob", "user:b.o-b_1"])
+def test_a_share_is_kept_as_it_is(share: str) -> None:
+    assert check_share(share) == share
 
 
-async def test_a_failure_is_one_askers_and_so_is_its_end(autojump_clock: Clock) -> None:
-    looks = Looks(fails=1)
-    shared = Shared(looks.look)
-    with pytest.raises(KernelError):
-        await shared.get()
-    assert await shared.get() == 2
-    async with trio.open_nursery() as nursery:
-        with trio.move_on_after(1.5):
-            await shared.get()
-        nursery.start_soon(shared.get)
-    assert looks.begun == 4
+@pytest.mark.parametrize("share", ["", "all", "Host", "owner,host", "user", "user:", "user:a b", "user:a/b", "uid:1",
+                                   "user:bob,", ",user:bob", "user:bob,group:", "user:a\n", "user:a:b", "user:a\0",
+                                   ",".join(f"user:u{n}" for n in range(MAX_SHARES + 1)), f"user:{'a' * 65}"])
+def test_what_is_no_share_is_refused(share: str) -> None:
+    with pytest.raises(InvalidRequest):
+        check_share(share)
 
 
-async def _for_ever(shared: Shared[int]) -> None:
-    while True:
-        await shared.get()
+def test_names_are_told_once() -> None:
+    assert check_share("user:bob,group:bob,user:bob") == "user:bob,group:bob"
+    assert named_guests("user:bob,group:bob") == [("user", "bob"), ("group", "bob")]
+    assert named_guests("lan") == []
+
+
+async def test_guests_are_those_whom_it_names_but_root(world: World) -> None:
+    async with world.running() as environments:
+        web = await environments.create(SHARED, ALICE)
+        assert (held(world, web).guests, held(world, web).reach) == ((1002, 1009), "owner")
+        for share in ("host", "lan"):
+            await environments.change(web, wire.ChangeRequest(share=share))
+            assert (held(world, web).guests, held(world, web).reach) == ((), share)
+
+
+async def test_who_is_not_there_makes_nothing(world: World) -> None:
+    async with world.running() as environments:
+        with pytest.raises(InvalidRequest, match="no user 'eve'"):
+            await environments.create(msgspec.structs.replace(SHARED, share="user:eve"), ALICE)
+        assert world.held() == {}
+
+
+async def test_a_change_that_fails_changes_nothing(world: World) -> None:
+    async with world.running() as environments:
+        web = await environments.create(SHARED, ALICE)
+        before = (web.share, web.labels, web.guests, held(world, web))
+
+        async def refused(kind: type[Exception], change: wire.ChangeRequest, step: str = "") -> None:
+            with world.faults.recording() as steps:
+                await environments.change(web, wire.ChangeRequest(share=web.share))
+            if step:
+                with world.faults.fail_at(steps.index(step), raising(kind)), pytest.raises(kind):
+                    await environments.change(web, change)
+            else:
+                with pytest.raises(kind):
+                    await environments.change(web, change)
+            assert (web.share, web.labels, web.guests, held(world, web)) == before
+            [row] = world.store.environments()
+            assert (row.share, row.labels) == before[:2]
+
+        await refused(InvalidRequest, wire.ChangeRequest(share="everybody"))
+        await refused(InvalidRequest, wire.ChangeRequest(share="user:eve"))
+        await refused(InvalidLabel, wire.ChangeRequest(labels={"-": "x"}, share="host"))
+        await refused(StoreError, wire.ChangeRequest(labels={"a": "x"}, share="host"), "store.commit")
+        await refused(KernelError, wire.ChangeRequest(labels={"a": "x"}, share="host"), "firewall.alter")
+
+
+async def test_labels_are_merged(world: World) -> None:
+    async with world.running() as environments:
+        web = await environments.create(msgspec.structs.replace(SHARED, labels={"a": "1", "b": "2"}), ALICE)
+        await environments.change(web, wire.ChangeRequest(labels={"b": None, "c": "3"}))
+        assert web.labels == {"a": "1", "c": "3"}
+        assert world.store.environments()[0].labels == {"a": "1", "c": "3"}
+        assert web.share == SHARED.share
+
+
+async def test_what_is_gone_is_not_changed(world: World) -> None:
+    async with world.running() as environments:
+        web = await environments.create(SHARED, ALICE)
+        await environments.remove(web)
+        with pytest.raises(NotFound):
+            await environments.change(web, wire.ChangeRequest(share="host"))
+        assert world.held() == {}
+
+
+async def _after(environments: Environments, world: World, web: Environment, shop: tuple[int, ...] | None) -> set[int]:
+    if shop is None:
+        del world.groups["shop"]
+    else:
+        world.groups["shop"] = shop
+    await environments.check()
+    return set(held(world, web).guests)
+
+
+async def test_a_check_lets_in_who_has_joined_a_group_and_out_who_has_left(world: World) -> None:
+    async with world.running() as environments:
+        web = await environments.create(SHARED, ALICE)
+        assert await _after(environments, world, web, (1010,)) == {1002, 1010}
+        assert await _after(environments, world, web, None) == {1002}
+        assert [kind for kind, _, _ in world.events].count("share_failed") == 1
+        del world.accounts[BOB.uid]
+        assert await _after(environments, world, web, (1011,)) == {1011}
+
+
+async def test_a_restart_finds_the_guests_again(world: World) -> None:
+    async with world.running() as environments:
+        await environments.create(SHARED, ALICE)
+    world.groups["shop"] = (1020,)
+    async with world.running() as environments:
+        [web] = environments.registry.all()
+        assert held(world, web).guests == (1002, 1020)
