@@ -10,9 +10,10 @@ from tests.bench.parts.delete import Delete
 from tests.bench.parts.density import Density
 from tests.bench.parts.first200 import First200
 from tests.bench.parts.idle import Idle
+from tests.bench.parts.owners import Owners
 from tests.bench.parts.part import Bench, Part, Sizes
 
 PARTS: dict[str, type[Part]] = {part.name: part for part in (
-    Cold, Warm, WithService, First200, Client, Data, Burst, Idle, Delete, Density)}
+    Cold, Warm, WithService, First200, Client, Data, Owners, Burst, Idle, Delete, Density)}
 
 __all__ = ["PARTS", "Bench", "Part", "Sizes"]
