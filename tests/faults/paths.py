@@ -162,6 +162,11 @@ def _verb_again(verb: str) -> Callable[[World], None]:
     return again
 
 
+def _share_again(world: World) -> None:
+    for share in ("owner", "lan"):
+        world.alice.good("PATCH", f"{_ENVIRONMENTS}/web", {"share": share})
+
+
 def _template_again(world: World) -> None:
     if world.alice.ask("GET", "/v1/templates/tpl").status == 404:
         world.alice.good("POST", "/v1/templates", TEMPLATE)
@@ -246,6 +251,8 @@ PATHS = (
     Path("start", _post(f"{_ENVIRONMENTS}/web/start"), _create_stopped, Fate.KEPT, again=_verb_again("start")),
     Path("stop", _post(f"{_ENVIRONMENTS}/web/stop", _GRACE), _create, Fate.KEPT, again=_verb_again("stop")),
     Path("restart", _post(f"{_ENVIRONMENTS}/web/restart", _GRACE), _create, Fate.KEPT, again=_verb_again("restart")),
+    Path("share", {"method": "PATCH", "path": f"{_ENVIRONMENTS}/web", "body": {"share": "lan", "labels": {"a": "b"}}},
+         _create, Fate.KEPT, again=_share_again),
     Path("delete", {"method": "DELETE", "path": f"{_ENVIRONMENTS}/web"}, _create),
     Path("delete many", {"method": "DELETE", "path": f"{_ENVIRONMENTS}?" + "&".join(f"ref={n}" for n in _MANY)},
          _create_many, names=_MANY),

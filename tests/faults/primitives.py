@@ -60,7 +60,7 @@ INERT = frozenset({
     "os.waitstatus_to_exitcode", "pathlib.Path", "pathlib.Path.absolute", "pathlib.PosixPath", "pathlib.PurePath",
     "pyroute2.nlmsg_base.get_attr", "resource.getrlimit", "resource.setrlimit", "select.poll", "select.select",
     "signal.getsignal", "signal.pthread_sigmask", "signal.set_wakeup_fd", "signal.signal", "signal.sigtimedwait",
-    "signal.valid_signals", "socket.CMSG_SPACE", "socket.inet_aton", "socket.socket.close",
+    "signal.valid_signals", "socket.CMSG_SPACE", "socket.inet_aton", "socket.inet_ntoa", "socket.socket.close",
     "socket.socket.fileno", "socket.socket.getsockname", "socket.socket.getsockopt", "socket.socket.set_inheritable",
     "socket.socket.setblocking", "socket.socket.setsockopt", "socket.socket.settimeout",
     "sqlite3.Connection.close", "sqlite3.Cursor.fetchone", "threading.Lock", "threading.Thread",
