@@ -30,9 +30,12 @@ _HEADER = struct.Struct("=IHHII")
 _GENERIC = struct.Struct(">BBH")
 _ATTRIBUTE = struct.Struct("=HH")
 _U32 = struct.Struct("=I")
+_U16 = struct.Struct(">H")
 # A list of elements is one attribute, whose length has 16 bits; an element of ours takes 60 bytes at most.
 _ELEMENTS_EACH = 1000
 _RECEIVE_BYTES = 65536
+
+_PADDING = (b"", b"\0\0\0", b"\0\0", b"\0")
 
 PROTOCOLS = {"tcp": socket.IPPROTO_TCP, "udp": socket.IPPROTO_UDP}
 
@@ -131,12 +134,12 @@ def concatenation(*parts: bytes) -> bytes:
     """A key or data: of several parts each begins at a multiple of 4 bytes, a register of nf_tables."""
     if len(parts) == 1:
         return parts[0]
-    return b"".join(part.ljust(-(-len(part) // 4) * 4, b"\0") for part in parts)
+    return b"".join([part + _PADDING[len(part) & 3] for part in parts])
 
 
 def port(number: int) -> bytes:
     """A port as data or as a part of a key (inet_service)."""
-    return struct.pack(">H", number)
+    return _U16.pack(number)
 
 
 def publication(protocol: str, published: int, *target: bytes) -> Element:

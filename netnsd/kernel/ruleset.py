@@ -284,11 +284,11 @@ def comparable(name: str, fields: Fields) -> str:
 
 
 def _packed(kind: Kind, fields: Fields) -> nfnetlink.Element:
-    keys = len(kind.key)
-    key = nfnetlink.concatenation(*[pack(field) for pack, field in zip(kind.key, fields[:keys], strict=True)])
+    # On the create path: the shorter of the two ends the key.
+    key = nfnetlink.concatenation(*[pack(field) for pack, field in zip(kind.key, fields, strict=False)])
     if not kind.data:
         return nfnetlink.Element(key)
-    data = [pack(field) for pack, field in zip(kind.data, fields[keys:], strict=True)]
+    data = [pack(field) for pack, field in zip(kind.data, fields[len(kind.key):], strict=True)]
     return nfnetlink.Element(key, nfnetlink.concatenation(*data))
 
 
