@@ -38,6 +38,20 @@ with socket.socket(socket.AF_INET, socket.SOCK_STREAM if kind == "tcp" else sock
         except OSError as error:
             print(type(error).__name__, flush=True)
 """
+# What `ssh -L` does, and an editor's tunnel: takes connections at a port of the host, and makes others as its user.
+_FORWARD = """
+import socket, sys, threading
+def carry(source, target):
+    while data := source.recv(4096):
+        target.sendall(data)
+    target.shutdown(socket.SHUT_WR)
+listener = socket.create_server(("127.0.0.1", 0))
+print(listener.getsockname()[1], flush=True)
+while True:
+    here, there = listener.accept()[0], socket.create_connection((sys.argv[1], int(sys.argv[2])))
+    for pair in ((here, there), (there, here)):
+        threading.Thread(target=carry, args=pair, daemon=True).start()
+"""
 # Tells from where each connection comes, at 3000 of every address and at 3001 of loopback.
 _PEERS = """
 import socket, threading
@@ -105,6 +119,18 @@ def test_others_reach_declared_ports_only(tidy_daemon: Daemon, host: HostNamespa
         assert _may(host, "tcp", web["address"], 9229, ALICE)
         assert not pings(host, web["address"], user=BOB)
         assert pings(host, web["address"], user=ALICE)
+
+
+def test_a_tunnel_of_the_owners_leads_in_and_one_of_anybody_else_does_not(host: HostNamespace,
+                                                                           web: Environment) -> None:
+    for user, leads in ((ALICE, True), (BOB, False)):
+        with host.popen([PYTHON, "-c", _FORWARD, web["address"], "3000"], user=user,
+                        stderr=subprocess.DEVNULL) as tunnel:
+            assert tunnel.stdout is not None
+            port = int(tunnel.stdout.readline())
+            assert _may(host, "tcp", "127.0.0.1", port, MALLORY) is leads
+            tunnel.kill()
+            tunnel.wait(10)
 
 
 def test_a_change_acts_at_once_and_cuts_who_is_out(tidy_daemon: Daemon, host: HostNamespace, web: Environment) -> None:
