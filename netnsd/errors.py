@@ -117,6 +117,12 @@ class MethodNotAllowed(NetnsdError):
 # -- authority --------------------------------------------------------------------------------------------------
 
 
+class Unauthorized(NetnsdError):
+    """No token that is good: none, unknown, expired or revoked. Send `Authorization: Bearer TOKEN`."""
+
+    code, status, exit_code = "unauthorized", 401, EXIT_FORBIDDEN
+
+
 class Forbidden(NetnsdError):
     """The caller may not do that. Ask an admin of netnsd (root, or a member of netnsd-admin)."""
 
@@ -172,6 +178,12 @@ class Overloaded(NetnsdError):
     """So many creations of the caller's wait already that this one was not taken. Try again after Retry-After."""
 
     code, status, exit_code = "overloaded", 503, EXIT_UNAVAILABLE
+
+
+class RateLimited(NetnsdError):
+    """More requests by one token, or more wrong tokens from one address, than are answered. Wait for Retry-After."""
+
+    code, status, exit_code = "rate_limited", 429, EXIT_UNAVAILABLE
 
 
 class TooManyConnections(NetnsdError):

@@ -20,7 +20,7 @@ import msgspec
 
 from netnsd import wire
 from netnsd.core.addressing import Plan
-from netnsd.core.environment import Command, Environment, PublishedPort, Service, Template
+from netnsd.core.environment import Command, Environment, PublishedPort, Service, Template, Token
 from netnsd.errors import AlreadyRunning, StoreError
 
 # What makes each version's schema of the one before; a new state file goes through all of them.
@@ -87,10 +87,12 @@ CREATE TABLE tokens (
     name TEXT NOT NULL,
     uid INTEGER NOT NULL,
     user TEXT NOT NULL,
-    hash BLOB NOT NULL UNIQUE,
-    scopes TEXT NOT NULL,
+    hash BLOB NOT NULL,
+    scope TEXT NOT NULL,
+    parent TEXT REFERENCES tokens (id) ON DELETE CASCADE,
     created_at TEXT NOT NULL,
-    expires_at TEXT
+    expires_at TEXT,
+    UNIQUE (uid, name)
 ) STRICT;
 CREATE TABLE policies (
     uid INTEGER NOT NULL,
@@ -275,6 +277,25 @@ class SqliteStore:
         """See ``core.interfaces.Store``."""
         with _translated():
             self._db.execute("DELETE FROM templates WHERE id = ?", (template_id,))
+
+    def tokens(self) -> list[Token]:
+        """See ``core.interfaces.Store``."""
+        with _translated():
+            return [Token(**dict(row)) for row in self._db.execute("SELECT * FROM tokens ORDER BY rowid")]
+
+    def add_token(self, token: Token) -> None:
+        """See ``core.interfaces.Store``."""
+        t = token
+        with _translated():
+            self._db.execute(
+                "INSERT INTO tokens (id, name, uid, user, hash, scope, parent, created_at, expires_at)"
+                " VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?)",
+                (t.id, t.name, t.uid, t.user, t.hash, t.scope, t.parent, t.created_at, t.expires_at))
+
+    def delete_token(self, token_id: str) -> None:
+        """See ``core.interfaces.Store``."""
+        with _translated():
+            self._db.execute("DELETE FROM tokens WHERE id = ?", (token_id,))
 
     def ids(self) -> frozenset[str]:
         """See ``core.interfaces.Store``."""

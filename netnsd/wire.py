@@ -14,6 +14,7 @@ EnvironmentState = Literal["creating", "running", "stopped", "removing"]
 ServiceState = Literal["starting", "running", "restarting", "exited", "stopped"]
 RestartPolicy = Literal["no", "on-failure", "always"]
 HealthState = Literal["starting", "healthy", "unhealthy"]
+Scope = Literal["read", "write", "admin"]
 
 
 class Request(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -133,6 +134,34 @@ class PoolRequest(Request, frozen=True, kw_only=True, forbid_unknown_fields=True
     """``PATCH /v1/pools/slots``: keep ``size`` slots ready, none at 0, until the daemon starts again."""
 
     size: int
+
+
+class TokenRequest(Request, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """``POST /v1/tokens``: a bearer token, by default the caller's own.
+
+    ``scope``: what it is good for; each holds the one before. ``expires_seconds``: from now; None: never. ``user``:
+    whose it is to be, for admins.
+    """
+
+    name: str
+    scope: Scope = "read"
+    expires_seconds: float | None = None
+    user: str | None = None
+
+
+class ProjectRequest(Request, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """``POST /api/environments/start``: the environment of a developer's project."""
+
+    dev_id: str
+    project: str
+
+
+class ProjectReference(Request, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """``POST /api/environments/terminate``: ``dev_id`` and ``project``, or ``id`` of an environment."""
+
+    dev_id: str | None = None
+    project: str | None = None
+    id: str | None = None
 
 
 class StopRequest(Request, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -286,6 +315,35 @@ class PoolList(Answer, frozen=True, kw_only=True):
     """``GET /v1/pools``."""
 
     pools: list[Pool]
+
+
+class Token(Answer, frozen=True, kw_only=True):
+    """A bearer token, without the token itself, which nobody has but who was shown it.
+
+    ``parent``: the id of the token that it was made with, and ends with; None: made over a Unix socket. ``expired``: by
+    now.
+    """
+
+    id: str
+    name: str
+    owner: Owner
+    scope: Scope
+    parent: str | None
+    created_at: str
+    expires_at: str | None
+    expired: bool
+
+
+class IssuedToken(Token, frozen=True, kw_only=True):
+    """A new token. ``token`` is shown this once."""
+
+    token: str
+
+
+class TokenList(Answer, frozen=True, kw_only=True):
+    """``GET /v1/tokens``."""
+
+    tokens: list[Token]
 
 
 class Health(Answer, frozen=True, kw_only=True):

@@ -89,12 +89,14 @@ class _Endpoint:
     async def _respond(self, request: Request) -> Response:
         if request.state.stopping():
             raise ShuttingDown("the daemon is stopping", hint="Environments stay; try again when it is back.")
+        request.state.grant.require(self._route.scope)
         raw = await _body(request)
         body = await json_body.parse_in_turn(raw, self._route.body, self._large) if self._route.body else None
         query: dict[str, list[str]] = {}
         for name, value in request.query_params.multi_items():
             query.setdefault(name, []).append(value)
-        call = Call(self._context, request.state.actor, request.path_params.get("ref", ""), query, body)
+        call = Call(self._context, request.state.actor, request.state.grant, request.path_params.get("ref", ""), query,
+                    body)
         if self._route.permission is Permission.ADMIN and not call.actor.is_admin:
             raise Forbidden("only an admin may do that", hint="Ask root, or a member of the admins' group.")
         began = time.perf_counter()
@@ -149,9 +151,8 @@ class _Stream(StreamingResponse):
 
 
 def _problem(error: NetnsdError) -> Response:
-    after = error.details.get("retry_after_seconds")
-    headers = _HEADERS if after is None else {**_HEADERS, "Retry-After": str(after)}
-    return Response(problems.body_of(error), error.status, media_type="application/json", headers=headers)
+    return Response(problems.body_of(error), error.status, media_type="application/json",
+                    headers=problems.headers_of(error))
 
 
 async def _unrouted(request: Request, error: Exception) -> Response:

@@ -17,7 +17,7 @@ from netnsd import wire
 from netnsd.api import json_body, problems
 from netnsd.api.app import BODY_BYTES, BODY_SECONDS
 from netnsd.api.closing import Closer
-from netnsd.api.stream import receive
+from netnsd.api.transport import receive
 from netnsd.core.actor import Actor
 from netnsd.core.environments import Environments
 from netnsd.errors import BodyTooLarge, InternalError, NetnsdError, RequestTimeout, TooManyConnections

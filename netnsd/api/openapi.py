@@ -31,7 +31,10 @@ def document() -> dict[str, Any]:
         "info": {"title": "netnsd", "version": __version__,
                  "description": "Environments: network namespaces with servers in them."},
         "paths": paths,
-        "components": {"schemas": components},
+        "security": [{"bearer": []}, {}],
+        "components": {"schemas": components, "securitySchemes": {"bearer": {
+            "type": "http", "scheme": "bearer",
+            "description": "Over TCP: one of POST /v1/tokens. On the Unix socket none: the kernel says who asks."}}},
     }
 
 
@@ -52,7 +55,7 @@ def _operation(route: Route, by_type: dict[Any, Any]) -> dict[str, Any]:
     operation: dict[str, Any] = {
         "operationId": f"{route.method.lower()}{re.sub(r'[^a-z0-9]+', '_', route.path).rstrip('_')}",
         "summary": route.summary,
-        "description": f"Permission: {route.permission.value}.",
+        "description": f"Permission: {route.permission.value}. Scope of a token: {route.scope}.",
         "parameters": [
             *({"name": "ref", "in": "path", "required": True, "schema": {"type": "string"},
                "description": "a name, NAME.USER, or an id"} for _ in range("{ref}" in route.path)),

@@ -21,6 +21,8 @@ _UCRED = struct.Struct("=iII")
 _MOST_GROUPS = 65536
 _KNOWN_SECONDS = 30.0
 _MOST_KNOWN = 4096
+# A name service that hangs holds up those who ask with a token, and nobody else's threads.
+_LOGINS = trio.CapacityLimiter(8)
 
 K = TypeVar("K")
 V = TypeVar("V")
@@ -54,11 +56,7 @@ async def actor_of(connection: trio.socket.SocketType, admin_group: str) -> Acto
 
 async def account(uid: int) -> Actor | None:
     """A user as a login would have it, without any right of an admin; None where there is no such account."""
-    found = await trio.to_thread.run_sync(_login, uid)
-    if found is None:
-        return None
-    user, gid, home, shell, groups = found
-    return Actor(uid=uid, gid=gid, groups=groups, user=user, home=home, shell=shell, is_admin=False)
+    return await trio.to_thread.run_sync(_login, uid)
 
 
 async def members(kind: str, name: str) -> tuple[int, ...] | None:
@@ -89,13 +87,21 @@ def _uid_of(user: str) -> int | None:
         return None
 
 
-def _login(uid: int) -> tuple[str, int, str, str, tuple[int, ...]] | None:
+async def login(key: int | str, admin_group: str) -> Actor | None:
+    """As ``account``, by uid or by name, as it is at this moment, and with an admin's rights where it has them."""
+    return await trio.to_thread.run_sync(_login, key, admin_group, limiter=_LOGINS)
+
+
+def _login(key: int | str, admin_group: str | None = None) -> Actor | None:
     try:
-        entry = pwd.getpwuid(uid)
-    except KeyError:
+        entry = pwd.getpwuid(key) if isinstance(key, int) else pwd.getpwnam(key)
+    except (KeyError, ValueError):  # ValueError: a NUL in it
         return None
     groups = tuple(os.getgrouplist(entry.pw_name, entry.pw_gid))
-    return entry.pw_name, entry.pw_gid, entry.pw_dir, entry.pw_shell or "/bin/sh", groups
+    admin = None if admin_group is None else _group_id(admin_group)
+    is_admin = admin_group is not None and (entry.pw_uid == 0 or (admin is not None and admin in groups))
+    return Actor(uid=entry.pw_uid, gid=entry.pw_gid, groups=groups, user=entry.pw_name, home=entry.pw_dir,
+                 shell=entry.pw_shell or "/bin/sh", is_admin=is_admin)
 
 
 def _peer_groups(connection: trio.socket.SocketType) -> tuple[int, ...]:

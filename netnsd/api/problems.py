@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import http
+from collections.abc import Awaitable, Callable
+from typing import Any
 
 import msgspec
 
 from netnsd import __version__, wire
-from netnsd.errors import NetnsdError
+from netnsd.errors import NetnsdError, Unauthorized
 
 VERSION_HEADER = "Netnsd-Version"
 _encode = msgspec.json.Encoder().encode
@@ -17,6 +19,26 @@ def body_of(error: NetnsdError) -> bytes:
     """The JSON body of an error."""
     return _encode(wire.ErrorAnswer(error=wire.ErrorBody(
         code=error.code, message=error.message, hint=error.hint, details=error.details)))
+
+
+def headers_of(error: NetnsdError) -> dict[str, str]:
+    """The headers of an error's answer, beside those of its body."""
+    headers = {VERSION_HEADER: __version__}
+    if (after := error.details.get("retry_after_seconds")) is not None:
+        headers["Retry-After"] = str(after)
+    if isinstance(error, Unauthorized):
+        headers["WWW-Authenticate"] = "Bearer"  # RFC 6750, 3
+    return headers
+
+
+async def send(error: NetnsdError, send: Callable[[dict[str, Any]], Awaitable[None]]) -> None:
+    """Answer an ASGI request with an error, after which the connection is closed."""
+    body = body_of(error)
+    headers = {"Content-Type": "application/json", "Content-Length": str(len(body)), "Connection": "close",
+               **headers_of(error)}
+    await send({"type": "http.response.start", "status": error.status,
+                "headers": [(name.lower().encode(), value.encode()) for name, value in headers.items()]})
+    await send({"type": "http.response.body", "body": body})
 
 
 def response_of(error: NetnsdError) -> bytes:

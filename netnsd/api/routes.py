@@ -16,8 +16,10 @@ from netnsd.core.actor import Actor
 from netnsd.core.environment import ALIVE, Environment
 from netnsd.core.environments import Environments
 from netnsd.core.pool import MOST_SLOTS
+from netnsd.core.projects import Projects
 from netnsd.core.specification import check_labels
 from netnsd.core.templates import Templates
+from netnsd.core.tokens import Grant, Tokens
 from netnsd.core.waiting import Aim
 from netnsd.errors import InvalidRequest, NetnsdError, NotFound
 
@@ -45,6 +47,8 @@ class Context:
     log_path: Callable[[str, str], str]
     read_log: Callable[[str, int | None, Callable[[], bool] | None], AsyncIterator[bytes]]
     follow_events: Callable[[Callable[[int], bool], int], AsyncGenerator[wire.Event, None]]
+    tokens: Tokens
+    projects: Projects
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,6 +57,7 @@ class Call:
 
     context: Context
     actor: Actor
+    grant: Grant
     ref: str
     query: dict[str, list[str]]
     body: Any
@@ -86,7 +91,8 @@ class Call:
 class Route:
     """One row. ``answer`` None: a stream, of ``content_type``. ``query``: parameter name to what it means.
 
-    ``waits``: it changes nothing and may take long, so it ends with its client.
+    ``scope``: what a token has to be good for: ``write`` where anything changes. ``waits``: it changes nothing and may
+    take long, so it ends with its client.
     """
 
     method: str
@@ -100,6 +106,7 @@ class Route:
     content_type: str = "application/json"
     query: dict[str, str] = field(default_factory=dict)
     waits: bool = False
+    scope: wire.Scope = field(kw_only=True)
 
 
 @dataclass(frozen=True, slots=True)
@@ -312,51 +319,99 @@ async def _prune(call: Call) -> wire.Pruned:
     return wire.Pruned(removed=[views.difference(d) for d in removed], left=[views.difference(d) for d in left])
 
 
+async def _tokens(call: Call) -> wire.TokenList:
+    return wire.TokenList(tokens=call.context.tokens.shown(call.actor, everyones=call.flag("all")))
+
+
+async def _issue_token(call: Call) -> wire.IssuedToken:
+    return await call.context.tokens.issue(call.body, call.actor, call.grant)
+
+
+async def _revoke_token(call: Call) -> Nothing:
+    call.context.tokens.revoke(call.ref, call.actor)
+    return Nothing()
+
+
+async def _start_project(call: Call) -> wire.Environment:
+    return views.environment(await call.context.projects.start(call.body, call.actor))
+
+
+async def _end_project(call: Call) -> Nothing:
+    await call.context.projects.terminate(call.body, call.actor)
+    return Nothing()
+
+
+async def _show_projects(call: Call) -> wire.Environment | wire.EnvironmentList:
+    wanted = wire.ProjectReference(**{name: values[-1] for name, values in call.query.items()
+                                      if name in ("dev_id", "project", "id")})
+    if wanted != wire.ProjectReference():
+        return views.environment(await call.context.projects.find(wanted, call.actor))
+    return wire.EnvironmentList(environments=[views.environment(e) for e in call.context.projects.visible(call.actor)])
+
+
 _REF = "/v1/environments/{ref}"
 _WAIT = {"wait": "0: answer 202 at once, and remove behind"}
 ROUTES: tuple[Route, ...] = (
     Route("GET", "/v1/environments", Permission.OWNER, _list, "List environments", wire.EnvironmentList,
-          query={"all": "1: everyone's that the caller may see", "label": "k=v, may be given more than once"}),
+          query={"all": "1: everyone's that the caller may see", "label": "k=v, may be given more than once"},
+          scope="read"),
     Route("POST", "/v1/environments", Permission.ANYONE, _create, "Create an environment, and start its services",
-          wire.Environment | wire.EnvironmentList, body=wire.CreateRequest, status=201),
+          wire.Environment | wire.EnvironmentList, body=wire.CreateRequest, status=201, scope="write"),
     Route("DELETE", "/v1/environments", Permission.OWNER, _remove_many,
           "Remove many of one's environments; they are gone with the answer", wire.Removal,
           query={"ref": "which, may be given more than once", "label": "k=v: those with all of these labels",
-                 "everything": "1: all of one's own", **_WAIT}),
-    Route("GET", _REF, Permission.OWNER, _show, "Show one environment", wire.Environment),
+                 "everything": "1: all of one's own", **_WAIT}, scope="write"),
+    Route("GET", _REF, Permission.OWNER, _show, "Show one environment", wire.Environment, scope="read"),
     Route("PATCH", _REF, Permission.OWNER, _change, "Change its share, its egress or its labels", wire.Environment,
-          body=wire.ChangeRequest),
+          body=wire.ChangeRequest, scope="write"),
     Route("DELETE", _REF, Permission.OWNER, _remove, "Remove an environment; it is gone with the answer", Nothing,
-          query=_WAIT),
+          query=_WAIT, scope="write"),
     Route("POST", _REF + "/start", Permission.OWNER, _start, "Start services that do not run", wire.Environment,
-          body=NoFields),
+          body=NoFields, scope="write"),
     Route("POST", _REF + "/stop", Permission.OWNER, _stop, "Stop its services", wire.Environment,
-          body=wire.StopRequest),
+          body=wire.StopRequest, scope="write"),
     Route("POST", _REF + "/restart", Permission.OWNER, _restart, "Stop and start its services", wire.Environment,
-          body=wire.StopRequest),
+          body=wire.StopRequest, scope="write"),
     Route("GET", _REF + "/wait", Permission.OWNER, _wait, "Wait for a state", wire.Environment,
-          query={"for": "ready, exit or gone", "timeout": "seconds, 60 by default"}, waits=True),
+          query={"for": "ready, exit or gone", "timeout": "seconds, 60 by default"}, waits=True, scope="read"),
     Route("GET", _REF + "/logs", Permission.OWNER, _logs, "What a service wrote to stdout and stderr", None,
           content_type="application/octet-stream",
           query={"service": "which, the first by default", "tail": "so many last lines only",
-                 "follow": "1: go on until the service ends"}),
-    Route("GET", "/v1/templates", Permission.OWNER, _templates, "List templates", wire.TemplateList),
+                 "follow": "1: go on until the service ends"}, scope="read"),
+    Route("GET", "/v1/templates", Permission.OWNER, _templates, "List templates", wire.TemplateList, scope="read"),
     Route("POST", "/v1/templates", Permission.ANYONE, _add_template, "Keep a specification under a name",
-          wire.Template, body=wire.TemplateRequest, status=201),
-    Route("GET", "/v1/templates/{ref}", Permission.OWNER, _show_template, "Show one template", wire.Template),
+          wire.Template, body=wire.TemplateRequest, status=201, scope="write"),
+    Route("GET", "/v1/templates/{ref}", Permission.OWNER, _show_template, "Show one template", wire.Template,
+          scope="read"),
     Route("DELETE", "/v1/templates/{ref}", Permission.OWNER, _remove_template,
-          "Remove a template, and the warm environments that nobody has claimed", Nothing),
-    Route("GET", "/v1/pools", Permission.ANYONE, _pools, "What is kept ready before demand", wire.PoolList),
+          "Remove a template, and the warm environments that nobody has claimed", Nothing, scope="write"),
+    Route("GET", "/v1/pools", Permission.ANYONE, _pools, "What is kept ready before demand", wire.PoolList,
+          scope="read"),
     Route("PATCH", "/v1/pools/slots", Permission.ADMIN, _resize_pool, "Keep more slots ready, fewer, or none",
-          wire.Pool, body=wire.PoolRequest),
+          wire.Pool, body=wire.PoolRequest, scope="admin"),
     Route("GET", "/v1/events", Permission.OWNER, _events, "What happens, one JSON object per line, for ever", None,
-          content_type="application/x-ndjson", query={"after": "only events with a greater seq"}),
+          content_type="application/x-ndjson", query={"after": "only events with a greater seq"}, scope="read"),
     Route("GET", "/metrics", Permission.ANYONE, _metrics, "Metrics, as Prometheus reads them", None,
-          content_type="text/plain; version=0.0.4"),
-    Route("GET", "/v1/health", Permission.ANYONE, _health, "Whether the daemon answers", wire.Health),
-    Route("GET", "/v1/info", Permission.ANYONE, _info, "What this daemon is and holds", wire.Info),
+          content_type="text/plain; version=0.0.4", scope="read"),
+    Route("GET", "/v1/health", Permission.ANYONE, _health, "Whether the daemon answers", wire.Health, scope="read"),
+    Route("GET", "/v1/info", Permission.ANYONE, _info, "What this daemon is and holds", wire.Info, scope="read"),
     Route("GET", "/v1/doctor", Permission.ANYONE, _doctor,
-          "What this host lacks, and in what state file and kernel do not agree", wire.Doctor),
+          "What this host lacks, and in what state file and kernel do not agree", wire.Doctor, scope="read"),
     Route("POST", "/v1/prune", Permission.ADMIN, _prune, "Mend what is missing, and remove what is nobody's",
-          wire.Pruned, body=NoFields),
+          wire.Pruned, body=NoFields, scope="admin"),
+    Route("GET", "/v1/tokens", Permission.OWNER, _tokens, "List bearer tokens", wire.TokenList, scope="read",
+          query={"all": "1: everyone's that the caller may see"}),
+    Route("POST", "/v1/tokens", Permission.ANYONE, _issue_token, "Create a bearer token; it is shown this once",
+          wire.IssuedToken, body=wire.TokenRequest, status=201, scope="write"),
+    Route("DELETE", "/v1/tokens/{ref}", Permission.OWNER, _revoke_token,
+          "Revoke a token, and those that were made with it", Nothing, scope="write"),
+    # What existing scripts call: an environment is named by whose it is and what for.
+    Route("POST", "/api/environments/start", Permission.ANYONE, _start_project,
+          "Start the environment of a developer's project, making it where there is none", wire.Environment,
+          body=wire.ProjectRequest, scope="write"),
+    Route("POST", "/api/environments/terminate", Permission.OWNER, _end_project,
+          "Remove it; it is gone with the answer", Nothing, body=wire.ProjectReference, scope="write"),
+    Route("GET", "/api/environments/status", Permission.OWNER, _show_projects, "List them, or show one",
+          wire.Environment | wire.EnvironmentList, scope="read",
+          query={"dev_id": "with project: of that pair", "project": "see dev_id", "id": "an environment's"}),
 )

@@ -6,15 +6,13 @@ The caller's identity is taken before any byte is parsed. Connections are counte
 from __future__ import annotations
 
 import contextlib
-import errno
-import math
 import socket
 import sys
 from collections import Counter
 from collections.abc import Awaitable, Callable
+from functools import partial
 from typing import Any
 
-import structlog
 import trio
 from hypercorn.app_wrappers import ASGIWrapper
 from hypercorn.config import Config
@@ -23,18 +21,16 @@ from hypercorn.trio.tcp_server import TCPServer
 from hypercorn.trio.worker_context import WorkerContext
 from hypercorn.typing import ConnectionState, LifespanState
 
-from netnsd import __version__
 from netnsd.api import peer, problems
+from netnsd.api.accepting import accept_all
 from netnsd.api.closing import Closer
 from netnsd.api.stream import HEAD_BYTES, REFUSED_METHOD, GuardedStream
+from netnsd.api.tcp import Visitor
+from netnsd.api.transport import SocketTransport, Transport
 from netnsd.core.actor import Actor
 from netnsd.errors import TooManyConnections
 
 _KEEP_ALIVE_SECONDS = 75.0
-_OUT_OF_DESCRIPTORS = frozenset({errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.ENOBUFS})
-_BREATH_SECONDS = 0.1
-_SILENCE_SECONDS = 60.0  # it may last
-_log = structlog.get_logger()
 
 Handler = Callable[[trio.socket.SocketType, Actor], Awaitable[None]]
 
@@ -53,25 +49,11 @@ class Gate:
         self._closer = closer
         self._most = connections_per_user
         self._open: Counter[int] = Counter()
-        self._silent_until = -math.inf
 
     async def serve(self, listener: socket.socket, handler: Handler, nursery: trio.Nursery,
                     refused: bytes = b"") -> None:
         """Accept for ever; ``handler`` owns each connection, in ``nursery``. ``refused`` is sent to one too many."""
-        accepting = trio.socket.from_stdlib_socket(listener)
-        while True:
-            try:
-                connection, _ = await accepting.accept()
-            except OSError as error:
-                if error.errno in _OUT_OF_DESCRIPTORS:
-                    if trio.current_time() >= self._silent_until:
-                        _log.warning("accept_failed", reason=error.strerror)
-                        self._silent_until = trio.current_time() + _SILENCE_SECONDS
-                    await trio.sleep(_BREATH_SECONDS)
-                elif error.errno != errno.ECONNABORTED:
-                    raise
-                continue
-            nursery.start_soon(self._admit, connection, handler, refused)
+        await accept_all(listener, partial(self._admit, handler=handler, refused=refused), nursery)
 
     async def _admit(self, connection: trio.socket.SocketType, handler: Handler, refused: bytes) -> None:
         try:
@@ -121,16 +103,23 @@ class HttpServer:
         return problems.response_of(TooManyConnections("you have too many connections open", hint="Close some."))
 
     async def handle(self, connection: trio.socket.SocketType, actor: Actor) -> None:
-        """Serve one connection to its end."""
-        stream = GuardedStream(connection, self._closer)
-        state = ConnectionState(LifespanState({"actor": actor, "stopping": lambda: self._stopping,
+        """Serve one connection to its end, whose peer the kernel vouches for."""
+        await self._serve(SocketTransport(connection, self._closer), actor=actor, visitor=None)
+
+    async def handle_visitor(self, transport: Transport, visitor: Visitor) -> None:
+        """Serve one connection to its end, each of whose requests has to say by what right it asks."""
+        await self._serve(transport, actor=None, visitor=visitor)
+
+    async def _serve(self, transport: Transport, **known: Any) -> None:
+        stream = GuardedStream(transport)
+        state = ConnectionState(LifespanState({**known, "stopping": lambda: self._stopping,
                                                "refusal": lambda: stream.refusal}))
         self._streams.add(stream)
         try:
             await _Connection(self._wrapper, self._config, self._context, state, stream)  # type: ignore[arg-type]
         finally:
             self._streams.discard(stream)
-            await self._closer.close(connection)  # hypercorn does not when it is cancelled
+            await transport.aclose()  # hypercorn does not when it is cancelled
 
     async def stop(self, grace_seconds: float) -> None:
         """Refuse new requests, let running ones end for ``grace_seconds``, then shut what is left.
@@ -178,11 +167,6 @@ def _refusing(app: Any) -> Any:
         if scope.get("method") != REFUSED_METHOD:
             await app(scope, receive, send)
             return
-        error = scope["state"]["refusal"]()
-        body = problems.body_of(error)
-        await send({"type": "http.response.start", "status": error.status, "headers": [
-            (b"content-type", b"application/json"), (b"content-length", str(len(body)).encode()),
-            (problems.VERSION_HEADER.encode(), __version__.encode())]})
-        await send({"type": "http.response.body", "body": body})
+        await problems.send(scope["state"]["refusal"](), send)
 
     return refusing

@@ -2,26 +2,20 @@
 
 h11 accepts, and hypercorn acts on, things that no client of ours needs and that mean two things to two readers:
 Content-Length beside Transfer-Encoding, folded headers, bare line feeds, upgrades, the HTTP/2 preface. The guard
-reads each request's head itself, refuses those, and passes the rest on. It also closes what a client may smuggle in
-beside the bytes: descriptors (see ``peer.refuse_descriptors``).
+reads each request's head itself, refuses those, and passes the rest on, whatever the bytes come by (``transport``).
 """
 
 from __future__ import annotations
 
-import array
-import errno
-import os
 import re
-import socket
 
 import trio
 
-from netnsd.api.closing import Closer
+from netnsd.api.transport import Transport
 from netnsd.errors import BadRequest, NetnsdError, RequestTimeout
 
 HEAD_BYTES = 32 * 1024
 HEAD_SECONDS = 10.0
-_MOST_DESCRIPTORS = 253  # SCM_MAX_FD, net/core/scm.c
 _REQUEST_LINE = re.compile(rb"[A-Z]{1,16} [\x21-\x7e]{1,8192} HTTP/1\.[01]\Z")
 _FIELD = re.compile(rb"([!#$%&'*+.^_`|~0-9A-Za-z-]+):([\x20-\x7e\x80-\xff\t]*)\Z")
 # No client can send this method. The HTTP library answers a refused request when its turn has come.
@@ -34,16 +28,14 @@ class GuardedStream:
     """What hypercorn takes for a ``trio.SocketStream``.
 
     Args:
-        connection: a connected stream socket, owned.
-        closer: closes it.
+        transport: where the bytes come from and go to, owned.
     """
 
-    def __init__(self, connection: trio.socket.SocketType, closer: Closer) -> None:
-        self.socket = connection
+    def __init__(self, transport: Transport) -> None:
+        self.socket = transport.socket
         self.refusal: NetnsdError | None = None
         self.broken = False
-        self._closer = closer
-        self._stream = trio.SocketStream(connection)
+        self._transport = transport
         self._buffer = b""
         self._body_left = 0
         self._closed = trio.Event()
@@ -58,7 +50,7 @@ class GuardedStream:
             return b""
         if self._body_left:
             try:
-                data = self._buffer or await self._receive(max_bytes)
+                data = self._buffer or await self._transport.receive(max_bytes)
             except BadRequest as error:  # in the middle of a request, which can have no answer of its own
                 raise trio.BrokenResourceError from error
             passed, self._buffer = data[:self._body_left], data[self._body_left:]
@@ -71,50 +63,33 @@ class GuardedStream:
             return _REFUSED_REQUEST
 
     async def send_all(self, data: bytes) -> None:
-        """Send bytes. What the socket takes at once goes without a turn of the loop, which costs more than it.
-
-        hypercorn sends an answer in several parts, some of them empty.
-        """
+        """Send bytes. hypercorn sends an answer in several parts, some of them empty."""
         try:
-            sent = self._send_now(data)
-            if sent < len(data):
-                await self._stream.send_all(data[sent:])
+            await self._transport.send_all(data)
         except (trio.BrokenResourceError, trio.ClosedResourceError):
             self.broken = True
             raise
 
-    def _send_now(self, data: bytes) -> int:
-        try:
-            return os.write(self.socket.fileno(), data) if data else 0
-        except BlockingIOError:
-            return 0
-        except OSError as error:
-            raise trio.BrokenResourceError from error
-
     async def send_eof(self) -> None:
         """Send no more."""
-        await self._stream.send_eof()
+        await self._transport.send_eof()
 
     async def aclose(self) -> None:
-        """Close the socket."""
+        """Close it."""
         self._closed.set()
-        await self._closer.close(self.socket)
+        await self._transport.aclose()
         await trio.lowlevel.checkpoint()
 
     def shut(self) -> None:
         """End the connection now, whoever is blocked on it."""
-        try:
-            self.socket.shutdown(socket.SHUT_RDWR)
-        except OSError as error:
-            if error.errno not in (errno.ENOTCONN, errno.EBADF):
-                raise
+        self._transport.shut()
 
     async def _head(self, max_bytes: int) -> bytes:
-        data = self._buffer or await self._receive(max_bytes)
+        data = self._buffer or await self._transport.receive(max_bytes)
         with trio.move_on_after(HEAD_SECONDS) as deadline:
             while (end := data.find(b"\r\n\r\n")) < 0:
                 _check_partial(data)
-                more = await self._receive(max_bytes)
+                more = await self._transport.receive(max_bytes)
                 if not more:
                     return b""
                 data += more
@@ -127,28 +102,6 @@ class GuardedStream:
         self._body_left -= length - end - 4
         self._buffer = data[length:]
         return data[:length]
-
-    async def _receive(self, max_bytes: int) -> bytes:
-        try:
-            return await receive(self.socket, max_bytes, self._closer)
-        except OSError as error:
-            raise trio.BrokenResourceError from error
-
-
-async def receive(connection: trio.socket.SocketType, max_bytes: int, closer: Closer) -> bytes:
-    """Read bytes. Raises OSError, and BadRequest where descriptors come with them, which are closed."""
-    if closer.filters_descriptors:
-        return await connection.recv(max_bytes)
-    data, ancillary, _flags, _address = await connection.recvmsg(
-        max_bytes, socket.CMSG_SPACE(_MOST_DESCRIPTORS * 4), socket.MSG_CMSG_CLOEXEC)
-    descriptors = array.array("i")
-    for level, kind, payload in ancillary:
-        if level == socket.SOL_SOCKET and kind == socket.SCM_RIGHTS:
-            descriptors.frombytes(payload[:len(payload) - len(payload) % descriptors.itemsize])
-    if descriptors:
-        await closer.close_all(list(descriptors))
-        raise BadRequest("descriptors came with the request", hint="Send bytes alone.")
-    return data
 
 
 def _check_partial(data: bytes) -> None:

@@ -34,6 +34,7 @@ _VERBS = {
     "label": "changing",
     "template": "templates",
     "pool": "pools",
+    "token": "tokens",
     "info": "host",
     "doctor": "doctor",
     "prune": "doctor",

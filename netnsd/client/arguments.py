@@ -218,6 +218,11 @@ def complete_templates(ctx: click.Context, _param: click.Parameter, incomplete: 
     return _names(ctx, "templates", incomplete)
 
 
+def complete_tokens(ctx: click.Context, _param: click.Parameter, incomplete: str) -> list[str]:
+    """The caller's tokens, for the shell's completion; none where the daemon does not answer."""
+    return _names(ctx, "tokens", incomplete)
+
+
 def _names(ctx: click.Context, what: str, incomplete: str) -> list[str]:
     from netnsd.client.transport import Client
 

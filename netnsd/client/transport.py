@@ -58,6 +58,11 @@ def template_path(ref: str) -> str:
     return f"/v1/templates/{quote(check_ref(ref, 'template'))}"
 
 
+def token_path(ref: str) -> str:
+    """The path of a token's route. Raises NotFound for what can be no name or id."""
+    return f"/v1/tokens/{quote(check_ref(ref, 'token'))}"
+
+
 def connect(path: str) -> socket.socket:
     """A blocking connection to a Unix socket. Raises DaemonUnreachable or SocketForbidden; the caller closes it."""
     connection = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)

@@ -27,3 +27,5 @@ class Actor:
 Members = Callable[[str, str], Awaitable[tuple[int, ...] | None]]
 # Who a user is now, with the groups that a login would give; None where there is no such account any more.
 Account = Callable[[int], Awaitable[Actor | None]]
+# The same by uid or by name, with an admin's rights where the account has them.
+Login = Callable[[int | str], Awaitable[Actor | None]]

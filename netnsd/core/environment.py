@@ -124,3 +124,21 @@ class Template:
     warm: int
     specification: wire.Specification
     created_at: str
+
+
+@dataclass(frozen=True, slots=True)
+class Token:
+    """A bearer token of a user's. ``hash`` is SHA-256 of it.
+
+    ``parent``: the id of the token that it was made with, and with which it ends; None: made over a Unix socket.
+    """
+
+    id: str
+    name: str
+    uid: int
+    user: str
+    hash: bytes
+    scope: wire.Scope
+    parent: str | None
+    created_at: str
+    expires_at: str | None

@@ -11,7 +11,7 @@ import trio
 
 from netnsd import wire
 from netnsd.core.addressing import Bridge, Slot
-from netnsd.core.environment import Environment, Service, Template
+from netnsd.core.environment import Environment, Service, Template, Token
 from netnsd.core.judgement import Judgement
 
 
@@ -389,6 +389,18 @@ class Store(Protocol):
 
     def delete_template(self, template_id: str) -> None:
         """Forget a template."""
+        ...
+
+    def tokens(self) -> list[Token]:
+        """All of them, oldest first."""
+        ...
+
+    def add_token(self, token: Token) -> None:
+        """Write a new one."""
+        ...
+
+    def delete_token(self, token_id: str) -> None:
+        """Forget it, and those that were made with it."""
         ...
 
     def ids(self) -> frozenset[str]:

@@ -81,7 +81,7 @@ class Templates:
         # What could not be created is not kept.
         wanted = Blueprint.of(_created(request.specification), actor, self._environments.settings)
         self._cgroups.require(wanted.resources)
-        existing = self._own(actor.uid, name)
+        existing = self.own(actor.uid, name)
         if existing is not None and not request.replace:
             raise NameTaken(f"you have a template {name!r} already", hint="Choose another name, or pass --replace.",
                             name=name)
@@ -102,9 +102,13 @@ class Templates:
         self._know(template)
         return self._shown(template)
 
+    def own(self, uid: int, name: str) -> Template | None:
+        """A user's own template of that name."""
+        return next((t for t in self._by_id.values() if t.uid == uid and t.name == name), None)
+
     def find(self, ref: str, actor: Actor) -> Template:
         """The template that ``actor`` means, by name or by id. Raises NotFound."""
-        found = self._own(actor.uid, ref) or self._by_id.get(ref)
+        found = self.own(actor.uid, ref) or self._by_id.get(ref)
         if found is None or not actor.may_see(found.uid):
             raise NotFound(f"there is no template {ref[:80]!r}", hint="`netnsctl template ls` lists yours.",
                            ref=ref[:80])
@@ -182,9 +186,6 @@ class Templates:
         return None
 
     # -- stocks -------------------------------------------------------------------------------------------------
-
-    def _own(self, uid: int, name: str) -> Template | None:
-        return next((t for t in self._by_id.values() if t.uid == uid and t.name == name), None)
 
     def _know(self, template: Template) -> None:
         assert self._nursery is not None

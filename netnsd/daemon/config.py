@@ -9,7 +9,7 @@ import ipaddress
 import os
 import re
 import tomllib
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, Literal
 
@@ -86,6 +86,22 @@ class Pool(Section, frozen=True, kw_only=True, forbid_unknown_fields=True):
     rate: float = 100.0
 
 
+class Api(Section, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """``[api]``: the API over TCP, with bearer tokens.
+
+    ``listen``: ADDRESS:PORT, [ADDRESS]:PORT for IPv6; None: not at all. Anything but loopback needs TLS.
+    ``requests_per_second``, ``requests_burst``: of one token. ``dev_users``: whose environments those of a ``dev_id``
+    are, where an admin starts them.
+    """
+
+    listen: str | None = None
+    tls_certificate: str | None = None
+    tls_key: str | None = None
+    requests_per_second: float = 50.0
+    requests_burst: int = 100
+    dev_users: dict[str, str] = {}
+
+
 class Config(Section, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """The whole configuration."""
 
@@ -94,6 +110,17 @@ class Config(Section, frozen=True, kw_only=True, forbid_unknown_fields=True):
     ports: Ports = Ports()
     services: Services = Services()
     pool: Pool = Pool()
+    api: Api = Api()
+
+    @property
+    def api_address(self) -> tuple[ipaddress.IPv4Address | ipaddress.IPv6Address, int] | None:
+        """Where the API listens. Raises ValueError."""
+        if self.api.listen is None:
+            return None
+        match = re.fullmatch(r"(?:([0-9.]+)|\[([0-9A-Fa-f:.]+)\]):([0-9]{1,5})", self.api.listen)
+        if match is None or not 1 <= int(match[3]) <= 65535:
+            raise ValueError("is not ADDRESS:PORT, or [ADDRESS]:PORT for IPv6")
+        return ipaddress.ip_address(match[1] or match[2]), int(match[3])
 
     @property
     def published_range(self) -> tuple[int, int]:
@@ -188,6 +215,7 @@ def _check(config: Config, source: str) -> None:
             raise refuse("[services] hard_limits", f"{name} = {limit} is none of {', '.join(sorted(LIMITS))}")
     if not re.fullmatch(r"0?[0-7]{3}", config.daemon.socket_mode):
         raise refuse("[daemon] socket_mode", "is not three octal digits")
+    _check_api(config, refuse)
     if any(part in ("", ".", "..") for part in config.daemon.cgroup.split("/")):
         raise refuse("[daemon] cgroup", "is not a path below the mount of cgroup v2")
     for key, value, least, most in (
@@ -198,9 +226,26 @@ def _check(config: Config, source: str) -> None:
         ("[pool] rate", config.pool.rate, 0.1, 10_000),
         ("[daemon] creations_waiting", config.daemon.creations_waiting, 0, 100_000),
         ("[daemon] connections_per_user", config.daemon.connections_per_user, 1, 10_000),
+        ("[api] requests_per_second", config.api.requests_per_second, 0.1, 100_000),
+        ("[api] requests_burst", config.api.requests_burst, 1, 100_000),
     ):
         if not least <= value <= most:
             raise refuse(key, f"{value} is not from {least} to {most}")
+
+
+def _check_api(config: Config, refuse: Callable[[str, str], ConfigError]) -> None:
+    try:
+        where = config.api_address
+    except ValueError as error:
+        raise refuse("[api] listen", str(error)) from error
+    given = {name: getattr(config.api, name) for name in ("tls_certificate", "tls_key")}
+    for name, path in given.items():
+        if path is None and any(given.values()):
+            raise refuse(f"[api] {name}", "is missing: certificate and key belong together")
+        if path is None and where is not None and not where[0].is_loopback:
+            raise refuse(f"[api] {name}", f"is needed, as [api] listen {where[0]} is not a loopback address")
+    if where is not None and where[0] in ipaddress.ip_network(config.network.supernet):
+        raise refuse("[api] listen", f"{where[0]} lies in [network] supernet, whence nobody may ask")
 
 
 def _check_ephemeral(low: int, high: int, refuse: Any) -> None:

@@ -20,9 +20,10 @@ import structlog
 import trio
 
 from netnsd import __version__, wire
-from netnsd.api import peer
+from netnsd.api import peer, tcp
 from netnsd.api.app import application
 from netnsd.api.attach import AttachServer
+from netnsd.api.bearer import Bearer
 from netnsd.api.closing import Closer
 from netnsd.api.routes import Context
 from netnsd.api.server import Gate, HttpServer
@@ -30,9 +31,12 @@ from netnsd.core import views
 from netnsd.core.batch import Shared
 from netnsd.core.environments import Environments
 from netnsd.core.interfaces import Adapters
+from netnsd.core.pace import Pace
 from netnsd.core.pool import PoolSettings
+from netnsd.core.projects import Projects
 from netnsd.core.registry import Settings
 from netnsd.core.templates import Templates
+from netnsd.core.tokens import Tokens
 from netnsd.daemon.config import Config
 from netnsd.daemon.doors import Door
 from netnsd.errors import ConfigError, HostUnfit, KernelError, NetnsdError, SupernetConflict
@@ -107,7 +111,10 @@ class Node:
         """Work until cancelled, or until everything is removed; started when clients can connect."""
         self._runtime.mkdir(mode=0o755, parents=True, exist_ok=True)
         plan = self._config.plan
-        with contextlib.closing(SqliteStore(self._state, plan)) as store, NamespaceThread() as thread:
+        api = self._config.api
+        where = None if self._dismantles else self._config.api_address
+        with (tcp.opened(where, api.tls_certificate, api.tls_key) as self._tcp,
+              contextlib.closing(SqliteStore(self._state, plan)) as store, NamespaceThread() as thread):
             supernet = self._config.network.supernet
             self._findings = Shared(partial(host.examine, thread, supernet))
             host.require(await host.examine(thread, supernet))
@@ -129,6 +136,9 @@ class Node:
             self.environments = Environments(adapters, plan, self._settings(), self._emit, account=peer.account,
                                              members=peer.members)
             self._templates = Templates(self.environments, adapters, peer.account, self._emit)
+            login = partial(peer.login, admin_group=self._config.daemon.admin_group)
+            self._tokens = Tokens(store, self._clock, login, self._emit)
+            self._projects = Projects(self.environments, self._templates, login, api.dev_users)
             try:
                 # What environments lean on ends after them.
                 async with trio.open_nursery() as below:
@@ -229,14 +239,22 @@ class Node:
     async def _open_sockets(self, nursery: trio.Nursery, files: EnvironmentFiles) -> None:
         api, attach = self._door(API_SOCKET), self._door(ATTACH_SOCKET)
         context = Context(self.environments, self._templates, Metrics(self._figures).text, self._info, self._examine,
-                          files.log_path, logfile.read, self._events.follow)
+                          files.log_path, logfile.read, self._events.follow, tokens=self._tokens,
+                          projects=self._projects)
         closer = Closer(filters_descriptors=api.filters_descriptors)
-        self._http = HttpServer(application(context), closer)
+        pace = Pace(self._config.api.requests_per_second, self._config.api.requests_burst)
+        self._http = HttpServer(Bearer(application(context), self._tokens, pace), closer)
         attach_server = AttachServer(self.environments, closer)
         gate = Gate(self._config.daemon.admin_group, self._config.daemon.connections_per_user, closer)
         for door, server in ((api, self._http), (attach, attach_server)):
             accept = partial(gate.serve, handler=server.handle, nursery=nursery, refused=server.refusal)
             nursery.start_soon(door.serve, accept)
+        if self._tcp is not None:
+            listener, tls = self._tcp
+            tcp_gate = tcp.TcpGate(self._http.handle_visitor, supernet=self._config.plan.supernet, tls=tls,
+                                   connections_per_user=self._config.daemon.connections_per_user,
+                                   refused=self._http.refusal)
+            nursery.start_soon(tcp_gate.run, listener, nursery)
 
     def _door(self, name: str) -> Door:
         door = Door(self._runtime / name, mode=self._config.socket_permissions, gid=self._socket_gid(),

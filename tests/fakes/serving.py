@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import socket
+import ssl
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
@@ -17,10 +18,13 @@ from netnsd import __version__, wire
 from netnsd.api import peer
 from netnsd.api.app import application
 from netnsd.api.attach import AttachServer
+from netnsd.api.bearer import Bearer
 from netnsd.api.closing import Closer
 from netnsd.api.routes import Context
 from netnsd.api.server import Gate, HttpServer
+from netnsd.api.tcp import TcpGate
 from netnsd.core.actor import Actor
+from netnsd.core.pace import Pace
 from netnsd.observability.events import EventLog
 from tests.fakes.world import ALICE, World
 
@@ -132,6 +136,8 @@ class Served:
     http: HttpServer
     events: EventLog
     gate: Gate
+    tcp_gate: TcpGate
+    port: int
     actor: Actor | None = ALICE
     handled: list[Actor] = field(default_factory=list)
 
@@ -146,6 +152,18 @@ class Served:
         async with self.client() as client:
             return await client.ask(method, path, body, **headers)
 
+    @asynccontextmanager
+    async def visit(self) -> AsyncIterator[Client]:
+        """A connection by TCP."""
+        async with await trio.open_tcp_stream("127.0.0.1", self.port) as stream:
+            yield Client(stream)
+
+    async def ask_with(self, token: str, method: str, path: str, body: Any = None, **headers: str) -> Answer:
+        """A request by TCP with a token, or with none for ""."""
+        async with self.visit() as client:
+            return await client.ask(method, path, body, **({"Authorization": f"Bearer {token}"} if token else {}),
+                                    **headers)
+
     async def raw(self, data: bytes) -> Answer:
         """Send bytes and read one answer, after which the server must close."""
         async with self.client() as client:
@@ -158,8 +176,9 @@ class Served:
 @asynccontextmanager
 async def serving(directory: Path, *, filters: bool | None = None, connections_per_user: int = 64,
                   actor: Actor | None = ALICE, world: World | None = None,
-                  doctor: Callable[[], Any] | None = None) -> AsyncIterator[Served]:
-    """Serve in ``directory``. ``filters``: whether the kernel refuses descriptors; None where it can."""
+                  doctor: Callable[[], Any] | None = None, pace: Pace | None = None,
+                  tls: ssl.SSLContext | None = None) -> AsyncIterator[Served]:
+    """Serve in ``directory``, and by TCP. ``filters``: whether the kernel refuses descriptors; None where it can."""
     world = world or World(directory / "state")
     events = EventLog(world.clock.now)
 
@@ -178,17 +197,19 @@ async def serving(directory: Path, *, filters: bool | None = None, connections_p
 
     async with world.running() as environments:
         context = Context(environments, world.templates, lambda: b"netnsd_test 1\n", info, doctor or no_doctor,
-                          world.files.log_path, read_log, events.follow)
+                          world.files.log_path, read_log, events.follow, tokens=world.tokens, projects=world.projects)
         api, attach = _listener(directory / "api.sock"), _listener(directory / "attach.sock")
-        with api, attach:
+        with api, attach, socket.create_server(("127.0.0.1", 0)) as listener:
             filtered = peer.refuse_descriptors(api) if filters in (True, None) else False
             if filters in (True, None):
                 peer.refuse_descriptors(attach)
             closer = Closer(filters_descriptors=filtered)
             gate = Gate("no-such-group", connections_per_user, closer)
-            http = HttpServer(application(context), closer)
+            http = HttpServer(Bearer(application(context), world.tokens, pace or Pace(1000, 1000)), closer)
+            tcp_gate = TcpGate(http.handle_visitor, supernet=world.plan.supernet, tls=tls,
+                               connections_per_user=connections_per_user, refused=http.refusal)
             served = Served(world, str(directory / "api.sock"), str(directory / "attach.sock"), http, events, gate,
-                            actor)
+                            tcp_gate, listener.getsockname()[1], actor)
             attach_server = AttachServer(environments, closer)
 
             async def handle(connection: trio.socket.SocketType, real: Actor) -> None:
@@ -201,6 +222,7 @@ async def serving(directory: Path, *, filters: bool | None = None, connections_p
             async with trio.open_nursery() as nursery:
                 nursery.start_soon(gate.serve, api, handle, nursery, http.refusal)
                 nursery.start_soon(gate.serve, attach, handle_attach, nursery, attach_server.refusal)
+                nursery.start_soon(tcp_gate.run, listener, nursery)
                 yield served
                 nursery.cancel_scope.cancel()
 

@@ -16,8 +16,10 @@ from netnsd.core.addressing import Plan
 from netnsd.core.environments import Environments
 from netnsd.core.interfaces import Adapters
 from netnsd.core.pool import PoolSettings
+from netnsd.core.projects import Projects
 from netnsd.core.registry import Settings
 from netnsd.core.templates import Templates
+from netnsd.core.tokens import Tokens
 from netnsd.store import SqliteStore
 from tests.fakes.faults import Faults
 from tests.fakes.files import FakeClock, FakeFiles
@@ -54,6 +56,7 @@ class World:
         self.settings = Settings(published_range, allow_setuid, boot_id, {}, creations_waiting, pool or PoolSettings())
         self.accounts = {user.uid: user for user in (ALICE, BOB, CAROL)}
         self.groups: dict[str, tuple[int, ...]] = {}
+        self.developers: dict[str, str] = {}
         self.faults = Faults()
         self.network, self.firewall, self.cgroups = FakeNetwork(), FakeFirewall(), FakeCgroups()
         self.processes, self.files, self.clock = FakeProcesses(self.cgroups), FakeFiles(), FakeClock()
@@ -62,6 +65,8 @@ class World:
         self.store: SqliteStore
         self.environments: Environments
         self.templates: Templates
+        self.tokens: Tokens
+        self.projects: Projects
 
     @asynccontextmanager
     async def running(self) -> AsyncIterator[Environments]:
@@ -77,6 +82,8 @@ class World:
             self.environments = Environments(adapters, self.plan, self.settings, self._emit, account=self._account,
                                              members=self._members)
             self.templates = Templates(self.environments, adapters, self._account, self._emit)
+            self.tokens = Tokens(adapters.store, self.clock, self.login, self._emit)
+            self.projects = Projects(self.environments, self.templates, self.login, self.developers)
             async with trio.open_nursery() as nursery:
                 await nursery.start(self.environments.run)
                 await nursery.start(self.templates.run)
@@ -92,6 +99,11 @@ class World:
 
     async def _account(self, uid: int) -> Actor | None:
         return self.accounts.get(uid)
+
+    async def login(self, key: int | str) -> Actor | None:
+        """Implements ``core.actor.Login``."""
+        await trio.lowlevel.checkpoint()
+        return next((user for user in self.accounts.values() if key in (user.uid, user.user)), None)
 
     def held(self) -> dict[str, Any]:
         """Everything that exists of environments, by where it is; what is empty is left out."""

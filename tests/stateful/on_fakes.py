@@ -26,6 +26,7 @@ from netnsd.api.routes import Context
 from netnsd.core.actor import Actor
 from netnsd.core.interfaces import Listener
 from netnsd.core.pool import PoolSettings
+from netnsd.core.tokens import VOUCHED_FOR
 from netnsd.errors import NetnsdError
 from netnsd.observability.events import EventLog
 from tests.fakes import world
@@ -209,14 +210,15 @@ class FakeDriver:
 
         events = EventLog(self.world.clock.now)
         return application(Context(environments, self.world.templates, lambda: b"", info, doctor,
-                                   self.world.files.log_path, read_log, events.follow))
+                                   self.world.files.log_path, read_log, events.follow, tokens=self.world.tokens,
+                                   projects=self.world.projects))
 
     async def _request(self, actor: Actor, method: str, path: str, body: Any) -> tuple[int, Any]:
         data = b"" if body is None else json.dumps(body).encode()
         plain, _, query = path.partition("?")
         scope = {"type": "http", "http_version": "1.1", "method": method, "scheme": "http", "path": unquote(plain),
                  "raw_path": plain.encode(), "query_string": query.encode(), "root_path": "",
-                 "server": ("netnsd", None), "state": {"actor": actor, "stopping": lambda: False},
+                 "server": ("netnsd", None), "state": {"actor": actor, "grant": VOUCHED_FOR, "stopping": lambda: False},
                  "headers": [(b"host", b"netnsd"), (b"content-length", str(len(data)).encode())]}
         received, sent = [{"type": "http.request", "body": data, "more_body": False}], []
 

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 import trio
 
-from netnsd.api import peer, stream
+from netnsd.api import peer, transport
 from netnsd.api.closing import Closer
 from netnsd.errors import BadRequest
 from tests.fakes.serving import Served, serving
@@ -186,7 +186,7 @@ async def test_received_descriptors_are_not_inherited(monkeypatch: pytest.Monkey
     with trio.socket.from_stdlib_socket(left) as ours, theirs:
         smuggle(theirs, b"x", theirs.fileno())
         with pytest.raises(BadRequest, match="descriptors"):
-            await stream.receive(ours, 10, closer)
+            await transport.receive(ours, 10, closer)
     assert seen == [False]
 
 
