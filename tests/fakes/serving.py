@@ -32,7 +32,7 @@ from tests.fakes.world import ALICE, World
 class Client:
     """One connection. Everything that waits gives up after five seconds of the clock in use."""
 
-    def __init__(self, stream: trio.SocketStream) -> None:
+    def __init__(self, stream: trio.abc.HalfCloseableStream | trio.SSLStream[trio.SocketStream]) -> None:
         self.stream = stream
         self._buffer = b""
 

@@ -56,6 +56,7 @@ class FakeDaemon:
         self.version: str | None = "0.1.0"
         self.environments: dict[str, dict[str, Any]] = {}
         self.templates: dict[str, dict[str, Any]] = {}
+        self.tokens: dict[str, dict[str, Any]] = {}
         self.pool = {"name": "slots", "size": 8, "target": 8, "ready": 7, "claimed": 3, "missed": 1, "reason": ""}
         # So many creations are answered ``overloaded`` first, with this Retry-After.
         self.overloaded = 0
@@ -175,6 +176,8 @@ class FakeDaemon:
             return 200, {"version": "0.1.0", "pid": 1, "features": {"passrights": True}}
         if parts[0] == "templates":
             return self._template(request, parts[1:])
+        if parts[0].partition("?")[0] == "tokens":
+            return self._tokens(request, parts[1:])
         if parts[0] == "pools":
             return self._pools(request)
         if parts[0] != "environments":
@@ -239,6 +242,21 @@ class FakeDaemon:
             "services": services, "ports": wanted["ports"], "labels": wanted["labels"],
             "created_at": "2020-01-01T00:00:00.000000Z"}
         return self.templates[body["name"]]
+
+    def _tokens(self, request: Request, rest: list[str]) -> tuple[int, dict[str, Any]]:
+        if request.method == "POST":
+            ends = "2020-02-01T00:00:00.000000Z" if "expires_seconds" in request.body else None
+            token = {"id": "0123456789ab", "name": request.body["name"], "owner": {"uid": 1, "user": "me"},
+                     "scope": request.body["scope"], "parent": None, "created_at": "2020-01-01T00:00:00.000000Z",
+                     "expires_at": ends, "expired": ends is not None}
+            self.tokens[request.body["name"]] = token
+            return 201, token | {"token": "netnsd_0123456789ab_" + "5" * 64}
+        if not rest:
+            return 200, {"tokens": list(self.tokens.values())}
+        if rest[0] not in self.tokens:
+            raise Problem(404, "not_found", f"there is no token {rest[0]!r}", "`netnsctl token ls` lists yours.")
+        del self.tokens[rest[0]]
+        return 200, {}
 
     def _pools(self, request: Request) -> tuple[int, dict[str, Any]]:
         if request.method == "PATCH":

@@ -82,7 +82,7 @@ def test_a_variable_does_not_loosen_the_files_types(tmp_path: Path) -> None:
 @pytest.mark.parametrize(("section", "key", "least", "most"), [
     ("network", "mtu", 576, 65535), ("network", "flows", 16, 1 << 20), ("network", "bridge_ports", 1, 1000),
     ("services", "log_bytes", 1 << 16, 1 << 40), ("daemon", "grace_seconds", 0, 600),
-    ("daemon", "connections_per_user", 1, 10_000)])
+    ("daemon", "connections_per_user", 1, 10_000), ("api", "requests_burst", 1, 100_000)])
 def test_numbers_have_limits(tmp_path: Path, section: str, key: str, least: int, most: int) -> None:
     for value in (least, most):
         assert getattr(getattr(load(tmp_path, f"[{section}]\n{key} = {value}"), section), key) == value
@@ -132,3 +132,37 @@ def test_bad_supernets(tmp_path: Path, value: str) -> None:
 def test_bad_settings_of_the_daemon(tmp_path: Path, key: str, value: str) -> None:
     with pytest.raises(ConfigError, match=key):
         load(tmp_path, f'[daemon]\n{key} = "{value}"')
+
+
+@pytest.mark.parametrize(("listen", "where"), [
+    ("127.0.0.1:7070", "127.0.0.1"), ("127.9.9.9:1", "127.9.9.9"), ("[::1]:65535", "::1")])
+def test_the_api_listens_on_loopback_without_tls(tmp_path: Path, listen: str, where: str) -> None:
+    address = load(tmp_path, f'[api]\nlisten = "{listen}"').api_address
+    assert address is not None
+    assert (str(address[0]), address[1]) == (where, int(listen.rpartition(":")[2]))
+
+
+@pytest.mark.parametrize("listen", ["0.0.0.0:7070", "192.0.2.1:7070", "[::]:7070", "[2001:db8::1]:7070",
+                                    "[::ffff:127.0.0.1]:7070"])
+@pytest.mark.parametrize("given", ["", "tls_key", "tls_certificate"])
+def test_elsewhere_the_api_needs_tls_whole(tmp_path: Path, listen: str, given: str) -> None:
+    text = f'[api]\nlisten = "{listen}"\n'
+    missing = "tls_key" if given == "tls_certificate" else "tls_certificate"
+    with pytest.raises(ConfigError, match=rf"\[api\] {missing}"):
+        load(tmp_path, text + (f'{given} = "/x"' if given else ""))
+    assert load(tmp_path, text + 'tls_key = "/x"\ntls_certificate = "/y"').api_address is not None
+
+
+@pytest.mark.parametrize("listen", ["", "7070", ":7070", "127.0.0.1", "127.0.0.1:", "127.0.0.1:0", "127.0.0.1:65536",
+                                    "localhost:7070", "::1:7070", "[::1]", "[fe80::1%eth0]:7070", "127.0.0.1:7070\\n",
+                                    "127.0.0.256:7070", "[127.0.0.1]:7070x", "127.0.0.1:٧", "10.203.0.1:7070"])  # noqa: RUF001
+def test_where_the_api_cannot_listen_is_named(tmp_path: Path, listen: str) -> None:
+    tls = 'tls_key = "/x"\ntls_certificate = "/y"'
+    with pytest.raises(ConfigError, match=r"\[api\] listen"):
+        load(tmp_path, f'[api]\nlisten = "{listen}"\n{tls}')
+
+
+def test_half_of_tls_is_named_without_an_address_too(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"\[api\] tls_key"):
+        load(tmp_path, '[api]\ntls_certificate = "/x"')
+    assert load(tmp_path, "").api_address is None
