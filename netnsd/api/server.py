@@ -1,6 +1,7 @@
-"""The listening Unix socket: our own accept loop, one hypercorn server per connection.
+"""One hypercorn server per connection, and who the peer of a Unix socket is.
 
-The caller's identity is taken before any byte is parsed. Connections are counted per uid.
+Of a Unix socket the caller's identity is taken before any byte is parsed, and connections are counted per uid; of TCP
+see ``tcp``.
 """
 
 from __future__ import annotations

@@ -49,6 +49,8 @@ class Projects:
     async def start(self, request: wire.ProjectRequest, actor: Actor) -> Environment:
         """The pair's environment, started, or made where there is none: of the owner's template of the project's name.
 
+        A template's name is a DNS label: for ``new_feature`` it is ``new-feature``.
+
         Raises what a creation raises, and WrongState where the developer's user is gone.
         """
         labels = _checked(request.dev_id, request.project)
@@ -62,7 +64,8 @@ class Projects:
                 return existing
             if existing is not None:
                 await self._environments.remove(existing)  # it is gone then
-            template = self._templates.own(owner.uid, request.project)
+            template = (self._templates.own(owner.uid, request.project)
+                        or self._templates.own(owner.uid, _words(request.project)))
             return await self._templates.create(
                 wire.CreateRequest(name=name, labels=labels, template=None if template is None else template.name),
                 owner)
@@ -114,9 +117,13 @@ class Projects:
 def name_of(dev_id: str, project: str) -> str:
     """What the environment of a pair is called: a DNS label, always the same, and another for another pair."""
     digest = hashlib.sha256(json.dumps([dev_id, project]).encode()).hexdigest()[:_HASH_DIGITS]
-    words = re.sub(r"[^a-z0-9]+", "-", f"{dev_id}-{project}".lower()).strip("-")
-    readable = words[:specification.NAME_CHARACTERS - _HASH_DIGITS - 1].strip("-")
+    readable = _words(f"{dev_id}-{project}")[:specification.NAME_CHARACTERS - _HASH_DIGITS - 1].strip("-")
     return f"{readable}-{digest}" if readable else digest
+
+
+def _words(text: str) -> str:
+    """What a DNS label can hold of a text: of ``new_feature``, ``new-feature``."""
+    return re.sub(r"[^a-z0-9]+", "-", text.lower()).strip("-")
 
 
 def _checked(dev_id: str, project: str) -> dict[str, str]:

@@ -17,6 +17,7 @@ import pytest
 
 import netnsd
 from netnsd import errors, wire
+from netnsd.api import tcp
 from netnsd.api.routes import ROUTES
 from netnsd.client import app, session, streams, transport
 from netnsd.core import launching, specification, templates
@@ -30,7 +31,7 @@ CHECKOUT = Path(__file__).parents[2]
 PAGES = sorted([CHECKOUT / "README.md", CHECKOUT / "CHANGELOG.md", *(CHECKOUT / "docs").rglob("*.md")])
 SCRIPTS = sorted(path for path in (CHECKOUT / "scripts").rglob("*") if path.is_file())
 # Where things of the running system are; anything else would be somebody's own machine.
-SYSTEM_PATHS = re.compile(r"/(bin|dev|etc|opt|proc|run|sbin|srv|sys|tmp|usr|var|v1)\b|/(openapi\.json|path/to)\b")
+SYSTEM_PATHS = re.compile(r"/(bin|dev|etc|opt|proc|run|sbin|srv|sys|tmp|usr|var|v1|api/environments)\b|/(openapi\.json|path/to)\b")
 
 
 @cache
@@ -206,7 +207,9 @@ def test_fields_inside_a_creation_are_documented(name: str, kind: type[msgspec.S
 
 
 @pytest.mark.parametrize(("method", "path", "kind"), [("POST", "/v1/templates", wire.TemplateRequest),
-                                                      ("PATCH", "/v1/pools/slots", wire.PoolRequest)])
+                                                      ("PATCH", "/v1/pools/slots", wire.PoolRequest),
+                                                      ("POST", "/v1/tokens", wire.TokenRequest),
+                                                      ("POST", "/api/environments/start", wire.ProjectRequest)])
 def test_fields_of_other_requests_are_documented(method: str, path: str, kind: type[msgspec.Struct]) -> None:
     (row,) = (row for row in rows(section("## HTTP API")) if row[:2] == [method, f"`{path}`"])
     documented = re.findall(r'"(\w+)"', re.findall(r"`(\{.*?\})`", row[3])[0])
@@ -224,6 +227,12 @@ def test_bounds_of_many_and_of_warm_ones_are_documented() -> None:
     assert f"so many, 1 to {specification.MAX_COUNT}, " in section("## HTTP API")
     assert f"at most {templates.MOST_WARM} |" in section("#### `template add`")
     assert f"asks again, for {transport.PATIENCE_SECONDS:g} seconds" in section("## How to")
+
+
+def test_bounds_of_who_is_unknown_are_documented() -> None:
+    text = " ".join(section("## Security, in short").split())
+    assert (f"{tcp.UNKNOWN_OF_ONE_ADDRESS} of one address, {tcp.UNKNOWN_IN_ALL} in all, "
+            f"{tcp.UNKNOWN_SECONDS:g} seconds") in text
 
 
 def test_every_metric_is_documented_and_no_other() -> None:
