@@ -88,7 +88,8 @@ async def test_what_was_stopped_runs_again(world: World) -> None:
 
 async def test_the_template_is_called_as_a_dns_label_can_be(world: World) -> None:
     for name in ("new-feature", "other"):
-        await world.templates.add(wire.TemplateRequest(name=name, specification=wire.Specification(command=[name])), BOB)
+        await world.templates.add(wire.TemplateRequest(
+            name=name, specification=wire.Specification(command=[name])), BOB)
     for project, command in (("new_feature", "new-feature"), ("New Feature!", "new-feature"), ("other", "other")):
         made = await world.projects.start(wire.ProjectRequest(dev_id="d", project=project), BOB)
         assert made.services["main"].command.argv == (command,)

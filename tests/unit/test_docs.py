@@ -31,7 +31,8 @@ CHECKOUT = Path(__file__).parents[2]
 PAGES = sorted([CHECKOUT / "README.md", CHECKOUT / "CHANGELOG.md", *(CHECKOUT / "docs").rglob("*.md")])
 SCRIPTS = sorted(path for path in (CHECKOUT / "scripts").rglob("*") if path.is_file())
 # Where things of the running system are; anything else would be somebody's own machine.
-SYSTEM_PATHS = re.compile(r"/(bin|dev|etc|opt|proc|run|sbin|srv|sys|tmp|usr|var|v1|api/environments)\b|/(openapi\.json|path/to)\b")
+SYSTEM_PATHS = re.compile(r"/(bin|dev|etc|opt|proc|run|sbin|srv|sys|tmp|usr|var|v1|api/environments)\b"
+                          r"|/(openapi\.json|path/to)\b")
 
 
 @cache
