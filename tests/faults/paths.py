@@ -23,6 +23,7 @@ LOOKED_AFTER = {**WHOLE, "resources": {"pids": 64}, "restart": "on-failure",
                 "health": {"tcp": 3000, "interval_seconds": 1.0}}
 TEMPLATE = {"name": "tpl", "warm": 1, "specification": {
     "command": echo_server("web", 3000), "ports": [{"port": 3000}], **_BARE}}
+TOKEN = {"name": "t", "scope": "write"}
 _MANY = ("web-1", "web-2", "web-3", "web-4", "web-5")
 
 
@@ -173,6 +174,15 @@ def _template_again(world: World) -> None:
     _stocked(world)
 
 
+def _add_token(world: World) -> None:
+    world.alice.good("POST", "/v1/tokens", TOKEN)
+
+
+def _token_again(world: World) -> None:
+    if not world.alice.good("GET", "/v1/tokens")["tokens"]:
+        _add_token(world)
+
+
 class Repair(Path):
     """Somebody removes a file beside the state file, and the daemon puts all of it back. Answers 200 when it is."""
 
@@ -267,6 +277,8 @@ PATHS = (
     Path("refill of a template", _post("/v1/templates", TEMPLATE), fulfilled=_stocked, names=(),
          again=_template_again),
     Path("removal of a template", {"method": "DELETE", "path": "/v1/templates/tpl"}, _add_template, names=()),
+    Path("token", _post("/v1/tokens", TOKEN), names=(), again=_token_again),
+    Path("revocation of a token", {"method": "DELETE", "path": "/v1/tokens/t"}, _add_token, names=()),
     Repair("repair of the state", {}, _create, Fate.KEPT, again=_repaired),
     DaemonStart("start of the daemon", {}, _left_by_another, Fate.KEPT, again=World.be_new),
     DaemonStop("stop of the daemon", {}, _all_in_use, Fate.KEPT, again=World.be_new),
@@ -284,6 +296,8 @@ def clean(world: World) -> None:
     """Remove what a trial left; each removal must work."""
     for template in world.alice.good("GET", "/v1/templates")["templates"]:
         world.alice.good("DELETE", f"/v1/templates/{template['name']}")
+    for token in world.alice.good("GET", "/v1/tokens")["tokens"]:
+        world.alice.good("DELETE", f"/v1/tokens/{token['id']}")
     for name in world.environments():
         world.alice.good("DELETE", f"{_ENVIRONMENTS}/{name}")
     if world.root.good("GET", "/v1/info")["pool_size"]:

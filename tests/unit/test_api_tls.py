@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ssl
 import subprocess
+import sys
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
@@ -184,14 +185,26 @@ def test_files_that_cannot_be_used_are_named(files: Files, tmp_path: Path) -> No
     trustme.CA().issue_cert("localhost").private_key_pem.write_to_path(str(other))
     nonsense = tmp_path / "nonsense.pem"
     nonsense.write_text("nothing of the kind")
-    locked = tmp_path / "locked.pem"
-    subprocess.run(["openssl", "pkey", "-in", files.key, "-aes128", "-passout", "pass:secret", "-out", str(locked)],
-                   check=True)
     for certificate, key, named in (
             (str(tmp_path / "none"), files.key, "tls_certificate"),
             (files.certificate, str(tmp_path / "none"), "tls_key"),
             (str(tmp_path), files.key, "directory"), (files.certificate, str(other), "other.pem"),
             (str(nonsense), files.key, "nonsense.pem"), (files.certificate, str(nonsense), "nonsense.pem"),
-            (files.key, files.key, "key.pem"), (files.certificate, str(locked), "locked.pem")):
+            (files.key, files.key, "key.pem")):
         with pytest.raises(ConfigError, match=named):
             tcp.tls_context(certificate, key)
+
+
+def test_a_key_with_a_password_is_refused_and_nobody_asked_for_it(files: Files, tmp_path: Path) -> None:
+    locked = tmp_path / "locked.pem"
+    subprocess.run(["openssl", "pkey", "-in", files.key, "-aes128", "-passout", "pass:secret", "-out", str(locked)],
+                   check=True)
+    program = f"from netnsd.api import tcp; tcp.tls_context({files.certificate!r}, {str(locked)!r})"
+    with subprocess.Popen([sys.executable, "-c", program], stdin=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+                          start_new_session=True) as started:
+        try:
+            started.wait(timeout=20)  # its input stays open, and says nothing
+        finally:
+            started.kill()
+        assert started.stderr is not None
+        assert "ConfigError" in started.stderr.read()

@@ -103,6 +103,8 @@ async def test_only_an_admin_has_one_of_the_scope_admin(world: World) -> None:
         await issue(world, actor=ALICE, scope="admin")
     with pytest.raises(Forbidden):
         await issue(world, actor=CAROL, user="alice", scope="admin")
+    with pytest.raises(Forbidden):  # of a session that is older than the membership
+        await issue(world, actor=dataclasses.replace(CAROL, is_admin=False), scope="admin")
     issued = await issue(world, actor=CAROL, scope="admin")
     assert await world.tokens.authority(issued.token) == (CAROL, Grant("admin", issued.id))
     world.accounts[CAROL.uid] = dataclasses.replace(CAROL, is_admin=False)
