@@ -30,7 +30,7 @@ _AIMS: dict[str, Aim] = {"ready": "ready", "exit": "exit", "gone": "gone"}
 class Permission(enum.Enum):
     """Who may call a route. The environments that a caller may see are decided by ``Environments``."""
 
-    ANYONE = "anyone who may open the socket"
+    ANYONE = "anyone who may open the socket, or has a token"
     OWNER = "the environment's owner, or an admin"
     ADMIN = "an admin"
 

@@ -19,6 +19,7 @@ import trio
 from netnsd.api.accepting import accept_all
 from netnsd.api.closing import Closer
 from netnsd.api.transport import SocketTransport, TlsTransport, Transport
+from netnsd.core.pace import Pace
 from netnsd.errors import ConfigError, KernelError, TooManyConnections
 
 Address = ipaddress.IPv4Address | ipaddress.IPv6Address
@@ -27,6 +28,9 @@ HANDSHAKE_SECONDS = 10.0
 UNKNOWN_SECONDS = 20.0
 UNKNOWN_OF_ONE_ADDRESS = 64
 UNKNOWN_IN_ALL = 512
+# A handshake takes the loop a millisecond or two.
+HANDSHAKES_PER_SECOND = 100.0
+HANDSHAKES_AT_ONCE = 200
 _BACKLOG = 1024
 _SITE_PREFIX = 64  # one site has so many addresses of IPv6, RFC 4291, 2.5.4
 # A peer that is gone, or does not read, is noticed: tcp(7).
@@ -89,6 +93,7 @@ class TcpGate:
         self._per_user = connections_per_user
         self._refused = refused
         self._closer = Closer(filters_descriptors=True)  # TCP carries none
+        self._handshakes = Pace(HANDSHAKES_PER_SECOND, HANDSHAKES_AT_ONCE)
         # Of each user and each origin of the unknown; None: of all unknown.
         self.counts: Counter[object] = Counter()
 
@@ -111,6 +116,8 @@ class TcpGate:
                 if self._tls is None:
                     with trio.move_on_after(1.0), contextlib.suppress(OSError):
                         await connection.send(self._refused)
+                return
+            if self._tls is not None and self._handshakes.take(origin, trio.current_time()):
                 return
             visitor = Visitor(self.counts, origin, self._per_user)
             try:

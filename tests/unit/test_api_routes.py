@@ -201,6 +201,8 @@ async def test_openapi_covers_every_route_and_resolves(served: Served) -> None:
     document = (await served.ask("GET", "/openapi.json")).json
     assert document["openapi"] == "3.1.0"
     assert document == json.loads(json.dumps(openapi.document()))
+    assert document["security"] == [{"bearer": []}, {}]
+    assert document["components"]["securitySchemes"]["bearer"].items() >= {"type": "http", "scheme": "bearer"}.items()
     operations = {(method.upper(), path) for path, item in document["paths"].items() for method in item}
     assert operations == {(route.method, route.path) for route in ROUTES}
     schemas = document["components"]["schemas"]
@@ -217,3 +219,4 @@ async def test_openapi_covers_every_route_and_resolves(served: Served) -> None:
         assert {p["name"] for p in operation["parameters"] if p["in"] == "query"} == set(route.query)
         assert str(route.status) in operation["responses"]
         assert route.permission.value in operation["description"]
+        assert operation["description"].endswith(f"Scope of a token: {route.scope}.")

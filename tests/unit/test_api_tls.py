@@ -20,6 +20,7 @@ from netnsd.core.tokens import VOUCHED_FOR
 from netnsd.errors import ConfigError
 from tests.fakes.serving import Client, Served, serving
 from tests.fakes.world import ALICE
+from tests.unit.test_api_guard import REFUSED
 
 HEALTH = b"GET /v1/health HTTP/1.1\r\nHost: localhost\r\n"
 
@@ -66,6 +67,8 @@ async def visit(served: Served, context: ssl.SSLContext) -> AsyncIterator[Client
 
 
 async def words(served: Served) -> dict[str, str]:
+    for old in served.world.tokens.shown(ALICE, everyones=False):
+        served.world.tokens.revoke(old.id, ALICE)
     asked = wire.TokenRequest(name="t", scope="write")
     return {"Authorization": f"Bearer {(await served.world.tokens.issue(asked, ALICE, VOUCHED_FOR)).token}"}
 
@@ -90,13 +93,6 @@ async def test_requests_large_answers_and_streams_come_through(served: Served, f
         assert (await client.ask("GET", "/v1/health")).status == 401
         assert await client.rest() == b""
     await until_gone(served)
-
-
-async def test_the_guard_stands_behind_it(served: Served, files: Files) -> None:
-    async with visit(served, files.client()) as client:
-        await client.send(HEALTH + b"Content-Length: 1\r\nTransfer-Encoding: chunked\r\n\r\n")
-        assert (await client.answer()).code == "bad_request"
-        assert await client.rest() == b""
 
 
 async def test_a_head_that_does_not_come_is_given_up(
@@ -126,6 +122,39 @@ async def test_a_handshake_that_does_not_come_is_given_up(served: Served, monkey
             await client.send(begun)
             assert await client.rest() == b""
     await until_gone(served)
+
+
+async def test_handshakes_of_one_address_are_bounded_in_a_second(
+        tmp_path: Path, files: Files, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tcp, "HANDSHAKES_AT_ONCE", 2)
+    monkeypatch.setattr(tcp, "HANDSHAKES_PER_SECOND", 0.01)
+    async with serving(tmp_path, tls=tcp.tls_context(files.certificate, files.key)) as served:
+        for _ in range(2):
+            async with visit(served, files.client()) as client:
+                assert (await client.ask("GET", "/v1/health", **await words(served))).status == 200
+        with pytest.raises(trio.BrokenResourceError):
+            async with visit(served, files.client()):
+                pass
+        async with await connected(served, "127.0.0.7") as other:
+            secured = trio.SSLStream(other, files.client(), server_hostname="localhost", https_compatible=True)
+            with trio.fail_after(5):
+                await secured.do_handshake()
+
+
+async def connected(served: Served, address: str) -> trio.SocketStream:
+    """A connection from that address."""
+    made = trio.socket.socket()
+    await made.bind((address, 0))
+    await made.connect(("127.0.0.1", served.port))
+    return trio.SocketStream(made)
+
+
+@pytest.mark.parametrize("name", REFUSED)
+async def test_what_the_guard_refuses_it_refuses_behind_tls(served: Served, files: Files, name: str) -> None:
+    async with visit(served, files.client()) as client:
+        await client.send(REFUSED[name])
+        assert (await client.answer()).code == "bad_request"
+        assert await client.rest() == b""
 
 
 async def test_what_is_no_tls_is_not_heard(served: Served) -> None:

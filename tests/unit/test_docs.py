@@ -233,7 +233,7 @@ def test_bounds_of_many_and_of_warm_ones_are_documented() -> None:
 def test_bounds_of_who_is_unknown_are_documented() -> None:
     text = " ".join(section("## Security, in short").split())
     assert (f"{tcp.UNKNOWN_OF_ONE_ADDRESS} of one address, {tcp.UNKNOWN_IN_ALL} in all, "
-            f"{tcp.UNKNOWN_SECONDS:g} seconds") in text
+            f"{tcp.UNKNOWN_SECONDS:g} seconds; of one address {tcp.HANDSHAKES_PER_SECOND:g} handshakes") in text
 
 
 def test_every_metric_is_documented_and_no_other() -> None:
