@@ -90,6 +90,8 @@ class _Endpoint:
         if request.state.stopping():
             raise ShuttingDown("the daemon is stopping", hint="Environments stay; try again when it is back.")
         request.state.grant.require(self._route.scope)
+        if self._route.permission is Permission.ADMIN and not request.state.actor.is_admin:
+            raise Forbidden("only an admin may do that", hint="Ask root, or a member of the admins' group.")
         raw = await _body(request)
         body = await json_body.parse_in_turn(raw, self._route.body, self._large) if self._route.body else None
         query: dict[str, list[str]] = {}
@@ -97,8 +99,6 @@ class _Endpoint:
             query.setdefault(name, []).append(value)
         call = Call(self._context, request.state.actor, request.state.grant, request.path_params.get("ref", ""), query,
                     body)
-        if self._route.permission is Permission.ADMIN and not call.actor.is_admin:
-            raise Forbidden("only an admin may do that", hint="Ask root, or a member of the admins' group.")
         began = time.perf_counter()
         answer = await (self._while_there(request, call) if self._route.waits else self._route.handler(call))
         if self._route.answer is None:

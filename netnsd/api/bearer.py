@@ -9,12 +9,14 @@ from __future__ import annotations
 import math
 from typing import Any
 
+import structlog
 import trio
 
 from netnsd.api import problems
 from netnsd.api.tcp import Visitor
+from netnsd.core.actor import Actor
 from netnsd.core.pace import Pace
-from netnsd.core.tokens import VOUCHED_FOR, Tokens, unauthorized
+from netnsd.core.tokens import Grant, Tokens, unauthorized
 from netnsd.errors import BadRequest, NetnsdError, RateLimited, Unauthorized
 
 # Wrong tokens of one address that are answered as such.
@@ -23,6 +25,7 @@ _FAILURES_PER_SECOND = 0.2
 # What of a refused request's body is read, so that its sender reads the answer, and not of a connection that was reset.
 _DRAINED_BYTES = 64 << 10
 _DRAIN_SECONDS = 2.0
+_log = structlog.get_logger()
 
 
 class Bearer:
@@ -43,24 +46,24 @@ class Bearer:
         state = scope["state"]
         words = [value.decode("latin-1") for name, value in scope["headers"] if name == b"authorization"]
         try:
-            if state["visitor"] is None:
-                if words:
-                    raise BadRequest("a token means nothing on this socket: the kernel says who you are",
-                                     hint="Leave the header authorization out.")
-                actor, grant = state["actor"], VOUCHED_FOR
-            else:
-                actor, grant = await self._known(words, state["visitor"])
+            if "visitor" in state:
+                actor, grant = await self._authority(words, state["visitor"])
+                scope = {**scope, "state": {**state, "actor": actor, "grant": grant}}
+            elif words:
+                raise BadRequest("a token means nothing on this socket: the kernel says who you are",
+                                 hint="Leave the header authorization out.")
         except NetnsdError as error:
             await _drain(scope, receive)
             await problems.send(error, send)
             return
-        await self._app({**scope, "state": {**state, "actor": actor, "grant": grant}}, receive, send)
+        await self._app(scope, receive, send)
 
-    async def _known(self, words: list[str], visitor: Visitor) -> Any:
+    async def _authority(self, words: list[str], visitor: Visitor) -> tuple[Actor, Grant]:
         try:
             actor, grant = await self._tokens.authority(_token_in(words))
         except Unauthorized:
             _require_calm(self._failures, visitor.origin, "wrong tokens")
+            _log.info("token_refused", origin=visitor.origin)  # not more often than such answers
             raise
         _require_calm(self._requests, grant.token, "requests with this token")
         visitor.become(actor.uid)

@@ -29,6 +29,7 @@ from netnsd.api.stream import HEAD_BYTES, REFUSED_METHOD, GuardedStream
 from netnsd.api.tcp import Visitor
 from netnsd.api.transport import SocketTransport, Transport
 from netnsd.core.actor import Actor
+from netnsd.core.tokens import VOUCHED_FOR
 from netnsd.errors import TooManyConnections
 
 _KEEP_ALIVE_SECONDS = 75.0
@@ -105,11 +106,11 @@ class HttpServer:
 
     async def handle(self, connection: trio.socket.SocketType, actor: Actor) -> None:
         """Serve one connection to its end, whose peer the kernel vouches for."""
-        await self._serve(SocketTransport(connection, self._closer), actor=actor, visitor=None)
+        await self._serve(SocketTransport(connection, self._closer), actor=actor, grant=VOUCHED_FOR)
 
     async def handle_visitor(self, transport: Transport, visitor: Visitor) -> None:
         """Serve one connection to its end, each of whose requests has to say by what right it asks."""
-        await self._serve(transport, actor=None, visitor=visitor)
+        await self._serve(transport, visitor=visitor)
 
     async def _serve(self, transport: Transport, **known: Any) -> None:
         stream = GuardedStream(transport)

@@ -169,18 +169,12 @@ def opened(where: tuple[Address, int] | None, certificate: str | None,
 def listen(address: Address, port: int) -> socket.socket:
     """A listening socket. Raises KernelError, where the address is somebody else's or not there (yet)."""
     family = socket.AF_INET if address.version == 4 else socket.AF_INET6
-    listener = socket.socket(family, socket.SOCK_STREAM | socket.SOCK_CLOEXEC)
     try:
-        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        if family == socket.AF_INET6:
-            listener.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 1)
-        listener.bind((str(address), port))
-        listener.listen(_BACKLOG)
+        # SO_REUSEADDR is set, and IPV6_V6ONLY: an address of IPv4 is never seen as one of IPv6.
+        return socket.create_server((str(address), port), family=family, backlog=_BACKLOG)
     except OSError as error:
-        listener.close()
         raise KernelError(f"[api] listen: {address} port {port}: {error.strerror}",
                           hint="Is another program there, or the address of an interface that is down?") from error
-    return listener
 
 
 def tls_context(certificate: str, key: str) -> ssl.SSLContext:

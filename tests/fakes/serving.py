@@ -61,11 +61,19 @@ class Client:
             if headers.get("transfer-encoding") == "chunked":
                 body = await self._chunks() if has_body else b""
             elif has_body:
-                while len(self._buffer) < int(headers["content-length"]):
-                    await self._more()
-                length = int(headers["content-length"])
-                body, self._buffer = self._buffer[:length], self._buffer[length:]
+                body = await self._body(int(headers["content-length"]))
             return Answer(int(first.split()[1]), headers, body)
+
+    async def body_of(self, answer: Answer) -> Answer:
+        """An answer of which only the head was read, with its body."""
+        with trio.fail_after(5):
+            return Answer(answer.status, answer.headers, await self._body(int(answer.headers["content-length"])))
+
+    async def _body(self, length: int) -> bytes:
+        while len(self._buffer) < length:
+            await self._more()
+        body, self._buffer = self._buffer[:length], self._buffer[length:]
+        return body
 
     async def ask(self, method: str, path: str, body: Any = None, **headers: str) -> Answer:
         """A request, and its answer. A body that is not bytes is sent as JSON."""

@@ -7,6 +7,7 @@ import subprocess
 from collections.abc import Iterator
 
 import pytest
+import trustme
 
 from tests.harness import ALICE, BOB, Container, wait_until
 from tests.systemd.lines import Server, messages
@@ -240,6 +241,33 @@ def test_servers_are_looked_at_from_the_sandbox(daemon: Container) -> None:
         (service,) = daemon.ctl_json("show", "hale", user=BOB)["services"]
         assert service["health"] == "healthy"
         daemon.ctl("rm", "hale", user=BOB)
+
+
+def test_the_api_listens_for_tcp_with_tls_from_the_sandbox(daemon: Container) -> None:
+    authority = trustme.CA()
+    issued = authority.issue_cert("127.0.0.1")
+    directory = daemon.path("/etc/netnsd")
+    written = {
+        "cert.pem": "".join(blob.bytes().decode() for blob in issued.cert_chain_pems),
+        "key.pem": issued.private_key_pem.bytes().decode(), "ca.pem": authority.cert_pem.bytes().decode(),
+        "netnsd.toml": '[api]\nlisten = "0.0.0.0:7070"\ntls_certificate = "/etc/netnsd/cert.pem"\n'
+                       'tls_key = "/etc/netnsd/key.pem"\n'}
+    for name, text in written.items():
+        (directory / name).write_text(text)
+        (directory / name).chmod(0o644 if name == "ca.pem" else 0o600)
+    try:
+        daemon.systemctl("restart", DAEMON)
+        token = daemon.ctl_json("token", "create", "ci", "--scope", "write", user=BOB)["token"]
+        done = daemon.run(["curl", "-sS", "--cacert", "/etc/netnsd/ca.pem", "-H", f"Authorization: Bearer {token}",
+                           "-d", '{"dev_id": "user123", "project": "p"}',
+                           "https://127.0.0.1:7070/api/environments/start"], check=True)
+        assert json.loads(done.stdout)["owner"]["user"] == "bob"
+        daemon.ctl("rm", json.loads(done.stdout)["name"], user=BOB)
+        daemon.ctl("token", "revoke", "ci", user=BOB)
+    finally:
+        for name in written:
+            (directory / name).unlink()
+        daemon.systemctl("restart", DAEMON)
 
 
 def test_namespaces_are_the_hosts_and_outlive_the_daemon(daemon: Container) -> None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import ipaddress
 from collections.abc import AsyncIterator, Callable
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +17,7 @@ from netnsd.api.routes import ROUTES, Permission, Route
 from netnsd.core.actor import Actor
 from netnsd.core.pace import Pace
 from netnsd.core.tokens import VOUCHED_FOR
-from tests.fakes.serving import Served, error_of, serving
+from tests.fakes.serving import Client, Served, error_of, serving
 from tests.fakes.world import ALICE, BOB, CAROL, request
 
 SCOPES: tuple[wire.Scope, ...] = ("read", "write", "admin")
@@ -119,6 +118,12 @@ async def test_a_body_behind_a_wrong_token_does_not_cost_the_answer(served: Serv
         assert await client.rest() == b""
 
 
+async def test_a_head_alone_is_refused_without_a_body(served: Served) -> None:
+    async with served.visit() as client:
+        answer = await client.ask("HEAD", "/v1/health")
+        assert (answer.status, await client.rest()) == (401, b"")
+
+
 async def test_on_the_unix_socket_a_token_is_refused_whatever_it_is(served: Served) -> None:
     for token in (await token_of(served), "nonsense"):
         answer = await served.ask("GET", "/v1/info", Authorization=f"Bearer {token}")
@@ -139,25 +144,33 @@ def test_rows_state_a_scope_that_fits() -> None:
         assert (route.scope == "read") == (route.method == "GET"), named(route)
 
 
+async def answered(client: Client, route: Route, token: str = "") -> tuple[int, str]:
+    """Status and error's code of a request to something that is not there; of streams the head alone is read."""
+    path = route.path.format(ref="nothing-of-that-name")
+    words = f"Authorization: Bearer {token}\r\n" if token else ""
+    await client.send(f"{route.method} {path} HTTP/1.1\r\nHost: x\r\n{words}\r\n".encode())
+    answer = await client.answer(has_body=False)
+    is_error = answer.status >= 400
+    return answer.status, (await client.body_of(answer)).code if is_error else ""
+
+
 @pytest.mark.parametrize("owner", [ALICE, CAROL], ids=["a user", "an admin"])
 @pytest.mark.parametrize("route", ROUTES, ids=named)
 async def test_every_route_asks_for_its_scope(served: Served, route: Route, owner: Actor) -> None:
-    path = route.path.format(ref="nothing-of-that-name")
-    ask = partial(served.ask_with, method=route.method, path=path)
-    assert (await ask("")).code == "unauthorized"
+    may_at_all = owner.is_admin or route.permission is not Permission.ADMIN
+    served.actor = owner
+    async with served.client() as on_the_unix_socket:
+        status, code = await answered(on_the_unix_socket, route)
+        assert (code == "forbidden") == (status == 403) == (not may_at_all)
+        assert status != 401
+    async with served.visit() as without:
+        assert await answered(without, route) == (401, "unauthorized")
     for scope in SCOPES if owner.is_admin else SCOPES[:2]:
-        token = await token_of(served, owner, scope)
-        may = SCOPES.index(scope) >= SCOPES.index(route.scope) and (route.scope != "admin" or owner.is_admin)
         async with served.visit() as client:
-            await client.send(f"{route.method} {path} HTTP/1.1\r\nHost: x\r\nAuthorization: Bearer {token}\r\n\r\n"
-                              .encode())
-            answer = await client.answer(has_body=route.answer is not None)
-        if not may:
-            async with served.visit() as client:
-                answer = await client.ask(route.method, path, Authorization=f"Bearer {token}")
-            assert (answer.status, answer.code) == (403, "forbidden"), scope
-        else:
-            assert answer.status not in (401, 403), scope
+            status, code = await answered(client, route, await token_of(served, owner, scope))
+        may = may_at_all and SCOPES.index(scope) >= SCOPES.index(route.scope)
+        assert (code == "forbidden") == (status == 403) == (not may), scope
+        assert status != 401, scope
 
 
 async def test_an_admins_token_sees_everyones_with_the_scope_admin_alone(served: Served) -> None:
