@@ -4,11 +4,9 @@ from __future__ import annotations
 
 import contextlib
 import time
-import uuid
 from typing import Any
 
 import msgspec
-import structlog
 import trio
 from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
@@ -23,7 +21,6 @@ from netnsd.api.routes import ROUTES, Accepted, Call, Context, Permission, Route
 from netnsd.errors import (
     BodyTooLarge,
     Forbidden,
-    InternalError,
     MethodNotAllowed,
     NetnsdError,
     NoRoute,
@@ -36,7 +33,6 @@ BODY_SECONDS = 10.0
 
 _HEADERS = {problems.VERSION_HEADER: __version__}
 _encode = msgspec.json.Encoder().encode
-_log = structlog.get_logger()
 
 
 def application(context: Context) -> Starlette:
@@ -80,10 +76,7 @@ class _Endpoint:
         except NetnsdError as error:
             response = _problem(error)
         except Exception:  # the one place where a fault becomes an answer  # noqa: BLE001
-            request_id = uuid.uuid4().hex
-            _log.exception("request_failed", request_id=request_id, method=request.method, path=request.url.path)
-            response = _problem(InternalError("a fault in netnsd", request_id=request_id,
-                                              hint="The daemon's log has the details under this request_id."))
+            response = _problem(problems.fault(request.method, request.url.path))
         await response(scope, receive, send)
 
     async def _respond(self, request: Request) -> Response:

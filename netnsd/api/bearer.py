@@ -45,6 +45,7 @@ class Bearer:
         """Serve one request (ASGI)."""
         state = scope["state"]
         words = [value.decode("latin-1") for name, value in scope["headers"] if name == b"authorization"]
+        refusal: NetnsdError
         try:
             if "visitor" in state:
                 actor, grant = await self._authority(words, state["visitor"])
@@ -53,10 +54,14 @@ class Bearer:
                 raise BadRequest("a token means nothing on this socket: the kernel says who you are",
                                  hint="Leave the header authorization out.")
         except NetnsdError as error:
-            await _drain(scope, receive)
-            await problems.send(error, send)
+            refusal = error
+        except Exception:  # of the name service, say  # noqa: BLE001
+            refusal = problems.fault(scope["method"], scope["path"])
+        else:
+            await self._app(scope, receive, send)
             return
-        await self._app(scope, receive, send)
+        await _drain(scope, receive)
+        await problems.send(refusal, send)
 
     async def _authority(self, words: list[str], visitor: Visitor) -> tuple[Actor, Grant]:
         try:

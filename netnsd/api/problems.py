@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import http
+import uuid
 from collections.abc import Awaitable, Callable
 from typing import Any
 
 import msgspec
+import structlog
 
 from netnsd import __version__, wire
-from netnsd.errors import NetnsdError, Unauthorized
+from netnsd.errors import InternalError, NetnsdError, Unauthorized
 
 VERSION_HEADER = "Netnsd-Version"
+_log = structlog.get_logger()
 _encode = msgspec.json.Encoder().encode
 
 
@@ -29,6 +32,14 @@ def headers_of(error: NetnsdError) -> dict[str, str]:
     if isinstance(error, Unauthorized):
         headers["WWW-Authenticate"] = "Bearer"  # RFC 6750, 3
     return headers
+
+
+def fault(method: str, path: str) -> InternalError:
+    """The answer to a fault of ours, which is being handled: the log has it, under the id that the answer names."""
+    request_id = uuid.uuid4().hex
+    _log.exception("request_failed", request_id=request_id, method=method, path=path)
+    return InternalError("a fault in netnsd", request_id=request_id,
+                         hint="The daemon's log has the details under this request_id.")
 
 
 async def send(error: NetnsdError, send: Callable[[dict[str, Any]], Awaitable[None]]) -> None:

@@ -82,6 +82,18 @@ async def test_expired_revoked_and_orphaned_tokens_have_the_answer_of_unknown_on
     assert error_of(await served.ask_with(renamed, "GET", "/v1/info")) == unknown
 
 
+async def test_a_fault_of_the_name_service_is_answered_in_the_one_shape(served: Served) -> None:
+    token = await token_of(served)
+
+    async def broken(_key: int | str) -> Actor | None:
+        raise RuntimeError("secret")
+
+    served.world.tokens._login = broken
+    answer = await served.ask_with(token, "GET", "/v1/info")
+    assert (answer.status, answer.code) == (500, "internal")
+    assert b"secret" not in answer.body
+
+
 async def test_revocation_acts_on_the_next_request_of_an_open_connection(served: Served) -> None:
     words = {"Authorization": f"Bearer {await token_of(served, name='t')}"}
     async with served.visit() as client:
