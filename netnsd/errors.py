@@ -102,6 +102,12 @@ class InvalidCommand(NetnsdError):
     code, status, exit_code = "invalid_command", 422, EXIT_USAGE
 
 
+class InvalidPolicy(NetnsdError):
+    """A NetworkPolicy document has something that is wrong, or that cannot be honoured. Details: which field."""
+
+    code, status, exit_code = "invalid_policy", 422, EXIT_USAGE
+
+
 class NoRoute(NetnsdError):
     """There is nothing at that path. /openapi.json lists what there is."""
 
@@ -172,6 +178,12 @@ class AddressesExhausted(NetnsdError):
     """The supernet has no free address. Remove environments, or configure a larger [network] supernet."""
 
     code, status, exit_code = "addresses_exhausted", 503, EXIT_UNAVAILABLE
+
+
+class PoliciesExhausted(NetnsdError):
+    """The caller has as many policies as one user may have, or all of them come to more than the firewall holds."""
+
+    code, status, exit_code = "policies_exhausted", 503, EXIT_UNAVAILABLE
 
 
 class Overloaded(NetnsdError):

@@ -11,6 +11,7 @@ from collections.abc import Iterable, Mapping
 
 from netnsd import wire
 from netnsd.core.actor import Actor
+from netnsd.core.egress import reach
 from netnsd.core.environment import Command
 from netnsd.errors import (
     Forbidden,
@@ -32,8 +33,8 @@ MAX_GUESTS = 4096
 MOST_PIDS = 4194304  # PID_MAX_LIMIT, linux/threads.h
 
 _NAME = re.compile(r"[a-z0-9]([a-z0-9-]{0,61}[a-z0-9])?\Z")
-_LABEL_KEY = re.compile(r"[A-Za-z0-9]([A-Za-z0-9._/-]{0,126}[A-Za-z0-9])?\Z")
-_LABEL_VALUE_CHARACTERS = 256
+LABEL_KEY = re.compile(r"[A-Za-z0-9]([A-Za-z0-9._/-]{0,126}[A-Za-z0-9])?\Z")
+LABEL_VALUE_CHARACTERS = 256
 _SHARE = re.compile(r"(user|group):[^\s:,/\0]{1,64}\Z")
 _PATH_CHARACTERS = 1024
 _PATH = re.compile(rf"/[!-~]{{0,{_PATH_CHARACTERS - 1}}}\Z")
@@ -96,12 +97,12 @@ def check_labels(labels: Mapping[str, str]) -> dict[str, str]:
     if len(labels) > MAX_LABELS:
         raise InvalidLabel(f"{len(labels)} labels are more than {MAX_LABELS}", hint="Use fewer.")
     for key, value in labels.items():
-        if not _LABEL_KEY.match(key):
+        if not LABEL_KEY.match(key):
             raise InvalidLabel(f"label {_shown(key)} is malformed",
                                hint="A key has letters, digits, '.', '_', '-' and '/'.", label=key[:128])
-        if len(value) > _LABEL_VALUE_CHARACTERS or not value.isprintable():
+        if len(value) > LABEL_VALUE_CHARACTERS or not value.isprintable():
             raise InvalidLabel(f"the value of label {key!r} is malformed",
-                               hint=f"A value has at most {_LABEL_VALUE_CHARACTERS} printable characters.", label=key)
+                               hint=f"A value has at most {LABEL_VALUE_CHARACTERS} printable characters.", label=key)
     return dict(labels)
 
 
@@ -188,9 +189,8 @@ def named_guests(share: str) -> list[tuple[str, str]]:
 
 
 def check_egress(egress: str) -> str:
-    """Return what an environment reaches outside when it says so. Raises InvalidRequest."""
-    if egress != "allow":
-        raise InvalidRequest(f"egress {_shown(egress)} is not allow", hint="Leave it out.")
+    """Return what an environment reaches outside when it says so: see ``egress.reach``. Raises InvalidRequest."""
+    reach(egress)
     return egress
 
 

@@ -1,0 +1,182 @@
+"""Keeps what the firewall holds of policies in step with policies and environments: one judgement for all, in turn.
+
+An environment counts from when it is admitted, before anything runs in it, to when the last of it is gone. What many
+ask for at about the same time is judged once.
+"""
+
+from __future__ import annotations
+
+import ipaddress
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+
+import trio
+
+from netnsd.core import judging
+from netnsd.core.batch import Batcher
+from netnsd.core.environment import Environment
+from netnsd.core.interfaces import Adapters, Emit
+from netnsd.core.judgement import Judgement, Span
+from netnsd.core.policy import Policy, concerning
+from netnsd.core.policy_documents import policy_of
+from netnsd.core.registry import Registry
+from netnsd.errors import InvalidPolicy, NetnsdError, PoliciesExhausted, StoreError
+
+Key = tuple[int, str]  # of a policy: its user's id, its name
+_AT_ONCE = 256
+# Of less, the way to another thread and back takes longer than the work.
+_LARGE = 64
+
+
+@dataclass(slots=True)
+class _Change:
+    """What somebody asks for. ``policies``: those that change, None for one that goes. ``error``: why it was not."""
+
+    admits: frozenset[str] = frozenset()
+    leaves: frozenset[str] = frozenset()
+    policies: Mapping[Key, Policy | None] = field(default_factory=dict)
+    error: NetnsdError | None = None
+
+
+class Policing:
+    """Judges, while ``run`` runs.
+
+    Args:
+        supernet: the first and the last address of all that may be environments'.
+    """
+
+    def __init__(self, adapters: Adapters, registry: Registry, supernet: ipaddress.IPv4Network, emit: Emit) -> None:
+        self._firewall = adapters.firewall
+        self._store = adapters.store
+        self._registry = registry
+        self._supernet: Span = (int(supernet.network_address), int(supernet.broadcast_address))
+        self._emit = emit
+        self.policies: Mapping[Key, Policy] = {}
+        self._absent: set[str] = set()  # ids of environments that do not count: not yet, or no more
+        self._judgement: Judgement | None = None
+        self._changes: Batcher[_Change] = Batcher(self._work, _AT_ONCE)
+        self._waiting = 0
+
+    async def run(self, *, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
+        """Work for ever."""
+        task_status.started()
+        await self._changes.run()
+
+    async def begin(self) -> None:
+        """At the daemon's start: judge what the state file knows, whatever the kernel holds.
+
+        Where that is too much, nothing passes. Raises StoreError, KernelError.
+        """
+        try:
+            self.policies = {(uid, policy.name): policy
+                             for uid, user, document, created_at in self._store.policies()
+                             for policy in (policy_of(document, uid, user, created_at),)}
+        except InvalidPolicy as error:
+            raise StoreError(f"the state file has a policy that means nothing: {error.message}",
+                             hint="Remove it from the table policies, or restore the file.") from error
+        try:
+            await self._ask(_Change())
+        except PoliciesExhausted as error:
+            self._emit("policies_closed", 0, "", "", reason=error.message)
+            await self._firewall.judge(judging.closed(self._registry.all()))
+
+    def expect(self, environment: Environment) -> bool:
+        """Whether it has to be admitted before anything runs in it. Till then nothing is let to it or from it."""
+        if environment.egress == "allow" and not self.policies:
+            return False
+        is_concerned = concerning(self.policies.values(), environment)
+        if is_concerned:
+            self._absent.add(environment.id)
+        return is_concerned
+
+    async def admit(self, environment: Environment) -> None:
+        """Have it judged, and everybody else for it. Raises PoliciesExhausted, KernelError: it does not count then."""
+        await self._ask(_Change(admits=frozenset({environment.id})))
+
+    async def follow(self) -> None:
+        """Have everybody judged as they are now: labels, ``share`` or ``egress`` of some have changed.
+
+        Raises PoliciesExhausted, KernelError, with nothing changed.
+        """
+        await self._ask(_Change())
+
+    async def leave(self, environments: Sequence[Environment]) -> None:
+        """Nothing is let any more to or from these, of which nothing is left. Raises KernelError."""
+        if self._waiting or self.policies or any(e.egress != "allow" for e in environments):
+            await self._ask(_Change(leaves=frozenset(environment.id for environment in environments)))
+
+    async def change(self, policies: Mapping[Key, Policy | None]) -> None:
+        """Have other policies: None for one that goes. All or none, stored too.
+
+        Raises PoliciesExhausted, KernelError, StoreError, with nothing changed.
+        """
+        await self._ask(_Change(policies=policies))
+
+    async def _ask(self, change: _Change) -> None:
+        self._waiting += 1
+        try:
+            await self._changes.do(change)
+        finally:
+            self._waiting -= 1
+        if change.error is not None:
+            raise change.error
+
+    async def _work(self, changes: list[_Change]) -> None:
+        """All at once; where that cannot be, each by itself, so that nobody fails for another's."""
+        try:
+            await self._judge(changes)
+        except NetnsdError as error:
+            if len(changes) == 1:
+                changes[0].error = error
+                return
+            for change in changes:
+                try:
+                    await self._judge([change])
+                except NetnsdError as own:
+                    change.error = own
+
+    async def _judge(self, changes: Sequence[_Change]) -> None:
+        known = list(self._registry.all())
+        absent = self._absent.copy()
+        policies = dict(self.policies)
+        changed: dict[Key, Policy | None] = {}
+        for change in changes:
+            absent -= change.admits
+            absent |= change.leaves
+            changed |= change.policies
+        for key, policy in changed.items():
+            policies.pop(key, None)
+            if policy is not None:
+                policies[key] = policy
+        judgement = await self._compiled(list(policies.values()), [e for e in known if e.id not in absent])
+        if changed:
+            self._write(changed)
+        if judgement != self._judgement:
+            try:
+                await self._firewall.judge(judgement)
+            except BaseException:
+                self._judgement = None  # nobody knows
+                if changed:
+                    self._write({key: self.policies.get(key) for key in changed})
+                raise
+        self._judgement, self.policies = judgement, policies
+        # Others may have come meanwhile that are expected.
+        for change in changes:
+            self._absent -= change.admits
+            self._absent |= change.leaves
+        self._absent &= {environment.id for environment in self._registry.all()}
+
+    async def _compiled(self, policies: Sequence[Policy], environments: Sequence[Environment]) -> Judgement:
+        if not policies and all(environment.egress == "allow" for environment in environments):
+            return Judgement()
+        if len(policies) * len(environments) < _LARGE:
+            return judging.judge(policies, environments, self._supernet)
+        return await trio.to_thread.run_sync(judging.judge, policies, environments, self._supernet)
+
+    def _write(self, policies: Mapping[Key, Policy | None]) -> None:
+        with self._store.transaction():
+            for (uid, name), policy in policies.items():
+                if policy is None:
+                    self._store.delete_policy(uid, name)
+                else:
+                    self._store.set_policy(policy)

@@ -1,0 +1,1 @@
+"""NetworkPolicy decided packet by packet, to compare with."""

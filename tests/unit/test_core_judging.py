@@ -1,0 +1,122 @@
+"""What policies come to: compared, packet by packet, with an oracle that reads the documents as they are written."""
+
+from __future__ import annotations
+
+import ipaddress
+from itertools import combinations, product
+
+import pytest
+from hypothesis import given, settings
+
+from netnsd.core import judging
+from netnsd.core.environment import Environment
+from netnsd.core.judgement import Judgement, Passage, Span
+from netnsd.core.policy import concerning
+from netnsd.errors import PoliciesExhausted
+from tests.policies import worlds
+from tests.policies.oracle import ICMP, SCTP, TCP, UDP, Pod
+from tests.policies.worlds import SUPERNET, document, environment, pod, policies, world
+
+PROTOCOLS = (TCP, UDP, SCTP, ICMP)
+
+
+def number(address: str) -> int:
+    return int(ipaddress.ip_address(address))
+
+
+def judged(environments: list[Environment], documents: list[tuple[str, dict[str, object]]]) -> Judgement:
+    return judging.judge(policies(documents), environments, SUPERNET)
+
+
+def passes(judgement: Judgement, source: Pod | str, target: Pod | str, protocol: int, port: int) -> bool:
+    """What the firewall makes of it, as ``Judgement`` says."""
+    first, second = (number(one.address if isinstance(one, Pod) else one) for one in (source, target))
+    if not isinstance(target, Pod) and first not in judgement.confined:
+        return True
+    if isinstance(target, Pod) and not isinstance(source, Pod) and target.share != "lan":
+        return False
+    if isinstance(target, Pod) and not isinstance(source, Pod) and second not in judgement.shielded:
+        return True
+    return any(p.sources[0] <= first <= p.sources[1] and p.targets[0] <= second <= p.targets[1]
+               and p.protocols[0] <= protocol <= p.protocols[1] and p.ports[0] <= port <= p.ports[1]
+               for p in judgement.passages)
+
+
+def meet(one: Span, other: Span) -> bool:
+    return max(one[0], other[0]) <= min(one[1], other[1])
+
+
+@settings(max_examples=400, deadline=None)
+@given(worlds.environments, worlds.documents)
+def test_every_packet_goes_as_the_documents_say(
+        environments: list[Environment], documents: list[tuple[str, dict[str, object]]]) -> None:
+    truth, judgement = world(environments, documents), judged(environments, documents)
+    ends: list[Pod | str] = [*truth.pods, *worlds.ADDRESSES]
+    for source, target in product(ends, ends):
+        if source is target or not (isinstance(source, Pod) or isinstance(target, Pod)):
+            continue
+        for protocol, port in product(PROTOCOLS, worlds.PORTS):
+            assert (passes(judgement, source, target, protocol, port)
+                    == truth.lets(source, target, protocol, port)), (source, target, protocol, port)
+
+
+@settings(max_examples=300, deadline=None)
+@given(worlds.environments, worlds.documents)
+def test_passages_do_not_overlap_and_hold_nobodys_slot(
+        environments: list[Environment], documents: list[tuple[str, dict[str, object]]]) -> None:
+    judgement = judged(environments, documents)
+    for one, other in combinations(judgement.passages, 2):
+        assert not (meet(one.sources, other.sources) and meet(one.targets, other.targets)
+                    and meet(one.protocols, other.protocols) and meet(one.ports, other.ports)), (one, other)
+    free = {number(worlds.PLAN.slot(index).address) for index in range(20)} - {
+        number(e.slot.address) for e in environments}
+    for passage in judgement.passages:
+        assert not any(low <= address <= high for low, high in (passage.sources, passage.targets) for address in free)
+
+
+@settings(max_examples=200, deadline=None)
+@given(worlds.environments, worlds.documents)
+def test_who_does_not_concern_any_policy_changes_nothing_by_coming(
+        environments: list[Environment], documents: list[tuple[str, dict[str, object]]]) -> None:
+    if environments and not concerning(policies(documents), environments[0]):
+        with_it, without = judged(environments, documents), judged(environments[1:], documents)
+        # A span may go over a slot that is free, or not; who is in it decides.
+        assert (with_it.confined, with_it.shielded) == (without.confined, without.shielded)
+        address = number(environments[0].slot.address)
+        assert not any(low <= address <= high for p in with_it.passages for low, high in (p.sources, p.targets))
+
+
+def test_five_hundred_that_all_may_talk_are_few_boxes() -> None:
+    environments = [environment(index, "alice") for index in range(500)]
+    judgement = judged(environments, [("alice", document("all", {"ingress": [{"from": [{"podSelector": {}}]}]}))])
+    whole = (number(environments[0].slot.address), number(environments[-1].slot.address))
+    assert judgement.passages == {Passage(whole, whole)}, "one, over a hundred bridges"
+    assert len(judgement.shielded) == 500
+    assert judgement.confined == set()
+
+
+def test_neighbours_of_another_user_part_a_span() -> None:
+    environments = [environment(index, "bob" if index == 2 else "alice") for index in range(5)]
+    judgement = judged(environments, [("alice", document("all", {"ingress": [{"from": [{"podSelector": {}}]}]}))])
+    assert len(judgement.passages) == 4
+
+
+def test_more_passages_than_a_user_may_have_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    environments = [environment(index, "alice" if index % 2 else "bob") for index in range(20)]
+    documents = [("alice", document("all", {"ingress": [{"from": [{"podSelector": {}}]}]}))]
+    assert len(judged(environments, documents).passages) == 100
+    for name in ("MOST_PASSAGES_EACH", "MOST_PASSAGES"):
+        with monkeypatch.context() as bound:
+            bound.setattr(judging, name, 100)
+            judged(environments, documents)
+            bound.setattr(judging, name, 99)
+            with pytest.raises(PoliciesExhausted):
+                judged(environments, documents)
+
+
+def test_closed_lets_nothing_in_and_nothing_out() -> None:
+    environments = [environment(index, "alice", share="lan") for index in range(3)]
+    judgement = judging.closed(environments)
+    ends = [*map(pod, environments), "192.0.2.1"]
+    assert not any(passes(judgement, source, target, protocol, 80)
+                   for source, target in product(ends, ends) if source is not target for protocol in PROTOCOLS)
