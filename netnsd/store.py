@@ -21,6 +21,7 @@ import msgspec
 from netnsd import wire
 from netnsd.core.addressing import Plan
 from netnsd.core.environment import Command, Environment, PublishedPort, Service, Template, Token
+from netnsd.core.policy import Policy
 from netnsd.errors import AlreadyRunning, StoreError
 
 # What makes each version's schema of the one before; a new state file goes through all of them.
@@ -296,6 +297,24 @@ class SqliteStore:
         """See ``core.interfaces.Store``."""
         with _translated():
             self._db.execute("DELETE FROM tokens WHERE id = ?", (token_id,))
+
+    def policies(self) -> list[tuple[int, str, dict[str, Any], str]]:
+        """See ``core.interfaces.Store``."""
+        with _translated():
+            return [(row["uid"], row["user"], json.loads(row["document"]), row["created_at"])
+                    for row in self._db.execute("SELECT * FROM policies ORDER BY uid, name")]
+
+    def set_policy(self, policy: Policy) -> None:
+        """See ``core.interfaces.Store``."""
+        with _translated():
+            self._db.execute(
+                "INSERT OR REPLACE INTO policies (uid, user, name, document, created_at) VALUES (?, ?, ?, ?, ?)",
+                (policy.uid, policy.user, policy.name, json.dumps(policy.document), policy.created_at))
+
+    def delete_policy(self, uid: int, name: str) -> None:
+        """See ``core.interfaces.Store``."""
+        with _translated():
+            self._db.execute("DELETE FROM policies WHERE uid = ? AND name = ?", (uid, name))
 
     def ids(self) -> frozenset[str]:
         """See ``core.interfaces.Store``."""

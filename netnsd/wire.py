@@ -130,6 +130,12 @@ class TemplateRequest(Request, frozen=True, kw_only=True, forbid_unknown_fields=
     specification: Specification
 
 
+class PolicyRequest(Request, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """``POST /v1/policies``: NetworkPolicy documents of networking.k8s.io/v1, and lists of them. All apply, or none."""
+
+    policies: list[dict[str, Any]]
+
+
 class PoolRequest(Request, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """``PATCH /v1/pools/slots``: keep ``size`` slots ready, none at 0, until the daemon starts again."""
 
@@ -293,6 +299,23 @@ class TemplateList(Answer, frozen=True, kw_only=True):
     """``GET /v1/templates``."""
 
     templates: list[Template]
+
+
+class Policy(Answer, frozen=True, kw_only=True):
+    """A policy. ``types``: what it limits. ``selects``: environments that it is about. ``document``: as given."""
+
+    name: str
+    owner: Owner
+    types: list[Literal["Ingress", "Egress"]]
+    selects: list[str]
+    document: dict[str, Any]
+    created_at: str
+
+
+class PolicyList(Answer, frozen=True, kw_only=True):
+    """``GET /v1/policies``."""
+
+    policies: list[Policy]
 
 
 class Pool(Answer, frozen=True, kw_only=True):

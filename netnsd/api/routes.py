@@ -15,6 +15,8 @@ from netnsd.core import views
 from netnsd.core.actor import Actor
 from netnsd.core.environment import ALIVE, Environment
 from netnsd.core.environments import Environments
+from netnsd.core.policies import Policies
+from netnsd.core.policy import Policy
 from netnsd.core.pool import MOST_SLOTS
 from netnsd.core.projects import Projects
 from netnsd.core.specification import check_labels
@@ -49,6 +51,7 @@ class Context:
     follow_events: Callable[[Callable[[int], bool], int], AsyncGenerator[wire.Event, None]]
     tokens: Tokens
     projects: Projects
+    policies: Policies
 
 
 @dataclass(frozen=True, slots=True)
@@ -280,6 +283,28 @@ async def _remove_template(call: Call) -> Nothing:
     return Nothing()
 
 
+async def _policies(call: Call) -> wire.PolicyList:
+    return _shown(call, call.context.policies.visible(call.actor, everyones=call.flag("all")))
+
+
+async def _apply_policies(call: Call) -> wire.PolicyList:
+    return _shown(call, await call.context.policies.apply(call.body.policies, call.actor))
+
+
+def _shown(call: Call, policies: list[Policy]) -> wire.PolicyList:
+    return wire.PolicyList(policies=[views.policy(p, call.context.policies.selected(p)) for p in policies])
+
+
+async def _show_policy(call: Call) -> wire.Policy:
+    policy = call.context.policies.find(call.ref, call.actor)
+    return views.policy(policy, call.context.policies.selected(policy))
+
+
+async def _remove_policy(call: Call) -> Nothing:
+    await call.context.policies.remove(call.ref, call.actor)
+    return Nothing()
+
+
 async def _pools(call: Call) -> wire.PoolList:
     return wire.PoolList(pools=[views.pool(call.context.environments.pool), *call.context.templates.pools(call.actor)])
 
@@ -385,6 +410,13 @@ ROUTES: tuple[Route, ...] = (
           scope="read"),
     Route("DELETE", "/v1/templates/{ref}", Permission.OWNER, _remove_template,
           "Remove a template, and the warm environments that nobody has claimed", Nothing, scope="write"),
+    Route("GET", "/v1/policies", Permission.OWNER, _policies, "List policies", wire.PolicyList,
+          query={"all": "1: everyone's that the caller may see"}, scope="read"),
+    Route("POST", "/v1/policies", Permission.ANYONE, _apply_policies,
+          "Apply NetworkPolicy documents, in place of one's own of the same names: all, or none", wire.PolicyList,
+          body=wire.PolicyRequest, scope="write"),
+    Route("GET", "/v1/policies/{ref}", Permission.OWNER, _show_policy, "Show one policy", wire.Policy, scope="read"),
+    Route("DELETE", "/v1/policies/{ref}", Permission.OWNER, _remove_policy, "Remove a policy", Nothing, scope="write"),
     Route("GET", "/v1/pools", Permission.ANYONE, _pools, "What is kept ready before demand", wire.PoolList,
           scope="read"),
     Route("PATCH", "/v1/pools/slots", Permission.ADMIN, _resize_pool, "Keep more slots ready, fewer, or none",

@@ -33,6 +33,7 @@ _VERBS = {
     "share": "changing",
     "label": "changing",
     "template": "templates",
+    "policy": "policies",
     "pool": "pools",
     "token": "tokens",
     "info": "host",

@@ -199,6 +199,13 @@ def check_name(name: str) -> str:
     return name
 
 
+def check_egress(egress: str) -> str:
+    """What an environment reaches outside, if it can travel; what it may be is the daemon's to say."""
+    if not is_text(egress):
+        raise InvalidRequest(f"egress {egress!r} is not allow, deny, or a list", hint="write 10.1.0.0/16:443/tcp.")
+    return egress
+
+
 def check_command(command: list[str]) -> list[str]:
     """A command line that can travel. Raises InvalidCommand."""
     for argument in command:
@@ -221,6 +228,11 @@ def complete_templates(ctx: click.Context, _param: click.Parameter, incomplete: 
 def complete_tokens(ctx: click.Context, _param: click.Parameter, incomplete: str) -> list[str]:
     """The caller's tokens, for the shell's completion; none where the daemon does not answer."""
     return _names(ctx, "tokens", incomplete)
+
+
+def complete_policies(ctx: click.Context, _param: click.Parameter, incomplete: str) -> list[str]:
+    """The caller's policies, for the shell's completion; none where the daemon does not answer."""
+    return _names(ctx, "policies", incomplete)
 
 
 def _names(ctx: click.Context, what: str, incomplete: str) -> list[str]:

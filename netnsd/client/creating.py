@@ -22,6 +22,8 @@ def specification_options(verb: Callable[..., Any]) -> Callable[..., Any]:
         click.option("--clean-env", is_flag=True, help="Only --env, not your own variables."),
         click.option("--cwd", metavar="DIR", help="Run the command there (default: here)."),
         click.option("-l", "--label", "labels", multiple=True, metavar="K=V", help="Attach a label; repeatable."),
+        click.option("--egress", metavar="WHAT",
+                     help="What it reaches outside: allow (default), deny, or CIDR[:PORT[-PORT]][/PROTOCOL],..."),
         click.option("--setuid", is_flag=True, help="Let set-uid programs such as sudo work in it."),
         click.option("--restart", type=click.Choice(RESTART_POLICIES), metavar="POLICY",
                      help="Start a server again that ended by itself: no (default), on-failure or always."),
@@ -49,6 +51,7 @@ Examples:
   netnsctl create db --env PGDATA=/srv/db --cwd /srv --label team=shop -- postgres
   netnsctl create api --restart on-failure --health http:3000/healthz --wait -- ./api
   netnsctl create lab
+  netnsctl create job --egress 10.1.0.0/16,0.0.0.0/0:443/tcp -- ./job
   netnsctl create web --replace -o name -- python3 -m http.server
   netnsctl create worker --count 20 --label job=7 -- ./worker
   netnsctl create web --template shop --wait""")

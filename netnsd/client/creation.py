@@ -7,6 +7,7 @@ import time
 from netnsd.client import render
 from netnsd.client.arguments import (
     check_command,
+    check_egress,
     check_name,
     circumstances,
     directory,
@@ -36,7 +37,8 @@ def misuse(command: list[str], options: dict[str, Any]) -> str:
     if options["template"] is not None:
         given = [name for name, key in (("--port", "ports"), ("--env", "env"), ("--clean-env", "clean_env"),
                                         ("--setuid", "setuid")) if options[key]]
-        given += [name for name, key in (("--cwd", "cwd"), ("--pids", "pids"), ("--share", "share"), *_OF_SERVERS)
+        given += [name for name, key in (("--cwd", "cwd"), ("--pids", "pids"), ("--share", "share"),
+                                         ("--egress", "egress"), *_OF_SERVERS)
                   if options[key] is not None]
         given += ["a command"] if command else []
         if given:
@@ -77,12 +79,14 @@ def create(session: Session, command: list[str], *, name: str, waits: bool, time
 
 
 def specification(session: Session, command: list[str], *, ports: tuple[str, ...], env: tuple[str, ...],
-                  clean_env: bool, cwd: str | None, labels: tuple[str, ...], setuid: bool, pids: int | None,
-                  restart: str | None, health: str | None, health_interval: float | None,
+                  clean_env: bool, cwd: str | None, labels: tuple[str, ...], setuid: bool, egress: str | None,
+                  pids: int | None, restart: str | None, health: str | None, health_interval: float | None,
                   health_timeout: float | None, health_retries: int | None,
                   health_start_period: float | None, share: str | None) -> dict[str, Any]:
     """What an environment is to be, as the API takes it. A command finds its caller's circumstances."""
     wanted: dict[str, Any] = {"ports": parse_ports(ports), "labels": parse_labels(labels), "setuid": setuid}
+    if egress is not None:
+        wanted["egress"] = check_egress(egress)
     if pids is not None:
         wanted["resources"] = {"pids": pids}
     if share is not None:

@@ -67,6 +67,7 @@ def _details(environment: dict[str, Any]) -> str:
         ("Labels", "\n".join(printable(f"{k}={v}") for k, v in environment["labels"].items()) or "-"),
         ("Owner", printable(f"{render.user_name(environment)} ({owner.get('uid', '?')})")),
         ("Share", printable(str(environment.get("share", "-")))),
+        *([("Egress", printable(str(environment["egress"])))] if environment.get("egress", "allow") != "allow" else []),
         ("Netns", printable(str(environment.get("netns", "-")))),
         ("Created", printable(f"{created} ({render.age(created)} ago)")),
         ("Id", printable(environment["id"])),

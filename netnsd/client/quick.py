@@ -29,7 +29,7 @@ _CREATE: dict[str, tuple[str, str | None]] = {
     "--template": ("template", "once"), "--timeout": ("timeout", "once"), "--clean-env": ("clean_env", None),
     "--wait": ("waits", None), "--replace": ("replace", None), "--setuid": ("setuid", None),
     "--restart": ("restart", "once"), "--health": ("health", "once"), "--pids": ("pids", "once"),
-    "--share": ("share", "once"),
+    "--share": ("share", "once"), "--egress": ("egress", "once"),
     "--health-interval": ("health_interval", "once"), "--health-timeout": ("health_timeout", "once"),
     "--health-retries": ("health_retries", "once"), "--health-start-period": ("health_start_period", "once"),
 }

@@ -42,7 +42,8 @@ def check_ref(ref: str, what: str = "environment") -> str:
     """
     if not ref or ref in (".", "..") or "/" in ref or not ref.isprintable():
         verb = "ls" if what == "environment" else f"{what} ls"
-        raise NotFound(f"no {what} {ref!r}", hint=f"`netnsctl {verb}` lists your {what}s.", ref=ref)
+        many = f"{what.removesuffix('y')}ies" if what.endswith("y") else f"{what}s"
+        raise NotFound(f"no {what} {ref!r}", hint=f"`netnsctl {verb}` lists your {many}.", ref=ref)
     return ref
 
 
@@ -61,6 +62,11 @@ def template_path(ref: str) -> str:
 def token_path(ref: str) -> str:
     """The path of a token's route. Raises NotFound for what can be no name or id."""
     return f"/v1/tokens/{quote(check_ref(ref, 'token'))}"
+
+
+def policy_path(ref: str) -> str:
+    """The path of a policy's route. Raises NotFound for what can be no name or NAME.USER."""
+    return f"/v1/policies/{quote(check_ref(ref, 'policy'))}"
 
 
 def connect(path: str) -> socket.socket:

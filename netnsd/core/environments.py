@@ -6,10 +6,12 @@ creation, a removal, and what a killed daemon left. Verbs on one environment tak
 
 from __future__ import annotations
 
+import contextlib
 import uuid
 from collections.abc import Awaitable, Callable, Sequence
 from contextlib import AbstractAsyncContextManager
 from dataclasses import replace
+from functools import partial
 
 import msgspec
 import trio
@@ -24,6 +26,7 @@ from netnsd.core.caretaker import Caretaker
 from netnsd.core.environment import Environment
 from netnsd.core.interfaces import Adapters, Emit
 from netnsd.core.particulars import Particulars, opening
+from netnsd.core.policing import Policing
 from netnsd.core.pool import FIRST_SERVICE, Pool, SlotMaker, SlotSpoilt
 from netnsd.core.quiet import Quiet
 from netnsd.core.registry import Blueprint, Registry, Settings
@@ -56,25 +59,27 @@ class Environments:
                                  is_listening=adapters.firewall.is_listening, is_taken=adapters.network.is_taken)
         self._sharing = Sharing(adapters.firewall, self.registry, self._particulars, members)
         self._settling = Settling(adapters, self.registry, self._particulars, self._quiet)
+        self.policing = Policing(adapters, self.registry, plan.supernet, emit)
         self._supervisor = Supervisor(adapters, emit, settings.hard_limits, self._ready, self._settling.furnish)
         self.pool = Pool(SlotMaker(adapters), self._slots, plan, settings.pool, self._quiet,
                          tell=lambda reason: emit("pool_stuck", 0, "", "", reason=reason))
         self.admission = Admission(AT_ONCE, settings.creations_waiting)
         self._waits = Waits(adapters.network, self.registry.__contains__, self._supervisor.changed)
-        self._removal = Removal(adapters, self.registry, self._supervisor, self._particulars)
+        self._removal = Removal(adapters, self.registry, self._supervisor, self._particulars, self.policing)
         self.caretaker = Caretaker(adapters, plan, self._slots, emit, registry=self.registry,
                                    particulars=self._particulars, settling=self._settling, removal=self._removal,
                                    pool=self.pool)
         self._takeover = Takeover(
             adapters, settings.boot_id, emit, account, registry=self.registry, supervisor=self._supervisor,
             particulars=self._particulars, settling=self._settling, removal=self._removal, caretaker=self.caretaker,
-            sharing=self._sharing)
+            sharing=self._sharing, policing=self.policing)
 
     # -- life ---------------------------------------------------------------------------------------------------
 
     async def run(self, *, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
         """Take over what is there, then work until cancelled."""
         async with trio.open_nursery() as nursery:
+            await nursery.start(self.policing.run)
             await nursery.start(self._removal.run)
             await nursery.start(self._supervisor.run)
             await self._takeover.run()
@@ -173,12 +178,15 @@ class Environments:
                 try:
                     await self._a.network.claim(environment.slot, new)
                     self._waits.require(environment)  # it may have been removed meanwhile
+                    was_concerned = self.policing.concerns(environment)
                     self.registry.hand_over(environment, name, new, labels)
                 except BaseException:
                     await self._unname(environment, new)
                     raise
                 await self._unname(environment, old)
                 self.registry.free(old)
+                if was_concerned or self.policing.concerns(environment):
+                    await self._judge_anew(environment)
                 try:
                     self._a.files.furnish(environment)
                 except NetnsdError as error:  # it is done again when something is started there
@@ -186,6 +194,14 @@ class Environments:
         self._supervisor.pulse()
         self._particulars.tell("created", environment)
         return environment
+
+    async def _judge_anew(self, environment: Environment) -> None:
+        """Its labels are others now. Where that cannot be judged, it goes."""
+        try:
+            await self.policing.follow()
+        except BaseException:
+            self.remove_behind(environment)
+            raise
 
     async def _unname(self, environment: Environment, netns: str) -> None:
         try:
@@ -207,12 +223,15 @@ class Environments:
             else:
                 self._slots.release(slot.index)
             raise
+        is_concerned = self.policing.expect(environment)
         lock = self._particulars.lock(environment)
         lock.acquire_nowait()  # nobody knows it yet; a wait here that is cancelled would leave the row
         try:
             made = self._claim(environment) if is_warm else self._a.network.wire(slot, environment.netns)
             try:
                 await self._a.firewall.open(opening(environment))  # while the namespace is made
+                if is_concerned:
+                    await self.policing.admit(environment)
             finally:
                 await made
             if environment.services:
@@ -285,12 +304,23 @@ class Environments:
             labels = specification.check_labels(specification.merged(environment.labels, request.labels))
             self.registry.change(environment, labels=labels, share=share, egress=egress, guests=guests)
             try:
-                await self._a.firewall.alter(opening(environment))
+                await self._enforce(environment, before)
             except BaseException:
                 self.registry.change(environment, labels=before.labels, share=before.share, egress=before.egress,
                                      guests=before.guests)
+                with trio.move_on_after(_UNDO_SECONDS, shield=True), contextlib.suppress(NetnsdError):
+                    await self._enforce(environment, before, anyway=True)
                 raise
         self._particulars.tell("changed", environment, share=share, egress=egress)
+
+    async def _enforce(self, environment: Environment, before: Environment, *, anyway: bool = False) -> None:
+        """Have the firewall let what is let now: nobody from outside is let in before policies have their say."""
+        steps: list[Callable[[], Awaitable[None]]] = [partial(self._a.firewall.alter, opening(environment))]
+        if anyway or environment.egress != before.egress or self.policing.concerns(before) or (
+                self.policing.concerns(environment)):
+            steps.insert(0 if environment.share == "lan" else 1, self.policing.follow)
+        for step in steps:
+            await step()
 
     async def attach(self, request: wire.ExecRequest, actor: Actor, connection: int) -> int:
         """Run a command in an environment on descriptors that the peer of ``connection`` (borrowed) will send.

@@ -13,6 +13,7 @@ from netnsd import wire
 from netnsd.core.addressing import Bridge, Slot
 from netnsd.core.environment import Environment, Service, Template, Token
 from netnsd.core.judgement import Judgement
+from netnsd.core.policy import Policy
 
 
 @dataclass(frozen=True, slots=True)
@@ -401,6 +402,18 @@ class Store(Protocol):
 
     def delete_token(self, token_id: str) -> None:
         """Forget it, and those that were made with it."""
+        ...
+
+    def policies(self) -> list[tuple[int, str, dict[str, Any], str]]:
+        """All of them: user's id and name, document, and when it was applied."""
+        ...
+
+    def set_policy(self, policy: Policy) -> None:
+        """Write a policy, in place of its user's of the same name."""
+        ...
+
+    def delete_policy(self, uid: int, name: str) -> None:
+        """Forget a policy."""
         ...
 
     def ids(self) -> frozenset[str]:

@@ -122,7 +122,7 @@ class _Judge:
             known = _EVERYBODY | sum(bit for peers, bit in self._bits.items() if peers.match(environment))
             key = (environment.uid, incoming, outgoing, known, environment.egress, environment.share == "lan")
             if key not in classes:
-                classes[key] = _Class(*key)  # type: ignore[arg-type]
+                classes[key] = _Class(*key)
             classes[key].members.append(place)
         return list(classes.values())
 

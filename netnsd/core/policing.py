@@ -23,6 +23,8 @@ from netnsd.core.registry import Registry
 from netnsd.errors import InvalidPolicy, NetnsdError, PoliciesExhausted, StoreError
 
 Key = tuple[int, str]  # of a policy: its user's id, its name
+MOST_POLICIES = 64  # of one user
+MOST_PARTS = 1024  # of one user's policies together: combinations of a rule's peers and its ports
 _AT_ONCE = 256
 # Of less, the way to another thread and back takes longer than the work.
 _LARGE = 64
@@ -82,12 +84,14 @@ class Policing:
 
     def expect(self, environment: Environment) -> bool:
         """Whether it has to be admitted before anything runs in it. Till then nothing is let to it or from it."""
-        if environment.egress == "allow" and not self.policies:
-            return False
-        is_concerned = concerning(self.policies.values(), environment)
+        is_concerned = self.concerns(environment)
         if is_concerned:
             self._absent.add(environment.id)
         return is_concerned
+
+    def concerns(self, environment: Environment) -> bool:
+        """Whether it matters to policies what that environment is; while somebody waits, nobody knows."""
+        return bool(self._waiting) or concerning(self.policies.values(), environment)
 
     async def admit(self, environment: Environment) -> None:
         """Have it judged, and everybody else for it. Raises PoliciesExhausted, KernelError: it does not count then."""
@@ -148,6 +152,8 @@ class Policing:
             policies.pop(key, None)
             if policy is not None:
                 policies[key] = policy
+        for uid in {uid for uid, _ in changed}:
+            _check_bounds([policy for policy in policies.values() if policy.uid == uid])
         judgement = await self._compiled(list(policies.values()), [e for e in known if e.id not in absent])
         if changed:
             self._write(changed)
@@ -156,8 +162,7 @@ class Policing:
                 await self._firewall.judge(judgement)
             except BaseException:
                 self._judgement = None  # nobody knows
-                if changed:
-                    self._write({key: self.policies.get(key) for key in changed})
+                self._take_back(changed)
                 raise
         self._judgement, self.policies = judgement, policies
         # Others may have come meanwhile that are expected.
@@ -173,6 +178,14 @@ class Policing:
             return judging.judge(policies, environments, self._supernet)
         return await trio.to_thread.run_sync(judging.judge, policies, environments, self._supernet)
 
+    def _take_back(self, policies: Mapping[Key, Policy | None]) -> None:
+        try:
+            if policies:
+                self._write({key: self.policies.get(key) for key in policies})
+        except StoreError as error:  # at its next start the daemon tries again what it could not do now
+            for uid, name in policies:
+                self._emit("store_failed", uid, "", name, reason=error.message)
+
     def _write(self, policies: Mapping[Key, Policy | None]) -> None:
         with self._store.transaction():
             for (uid, name), policy in policies.items():
@@ -180,3 +193,14 @@ class Policing:
                     self._store.delete_policy(uid, name)
                 else:
                     self._store.set_policy(policy)
+
+
+def _check_bounds(policies: Sequence[Policy]) -> None:
+    """Raise PoliciesExhausted where these, all of one user, are too many or say too much."""
+    if len(policies) > MOST_POLICIES:
+        raise PoliciesExhausted(f"{len(policies)} policies are more than {MOST_POLICIES}, which one user may have",
+                                hint="Join some: a policy may have many rules.")
+    parts = sum(policy.parts for policy in policies)
+    if parts > MOST_PARTS:
+        raise PoliciesExhausted(f"the policies of {policies[0].user!r} come to {parts} combinations of peers and"
+                                f" ports, more than {MOST_PARTS}", hint="Name fewer peers, or ranges of ports.")

@@ -63,7 +63,7 @@ def name_and_namespace(document: Any) -> tuple[str, str | None]:
     namespace = metadata.get("namespace")
     if namespace is not None and not isinstance(namespace, str):
         place.at("metadata.namespace").wrong("is not a string")
-    return cast("str", name), namespace or None
+    return name, namespace or None
 
 
 def policy_of(document: Any, uid: int, user: str, created_at: str) -> Policy:
@@ -102,7 +102,7 @@ class _Place:
         """Refuse it."""
         where = f"{self._what}: {self._path}" if self._path else self._what
         raise InvalidPolicy(f"{where} {why}", field=self._path,
-                            hint=hint or "Fields are those of NetworkPolicy, networking.k8s.io/v1; see docs/policies.md.")
+                            hint=hint or "Fields are those of NetworkPolicy in networking.k8s.io/v1.")
 
     def mapping(self, value: Any) -> dict[str, Any]:
         """It, where it is an object."""
@@ -117,7 +117,7 @@ class _Place:
         for number, one in enumerate(value):
             if one is None:
                 _Place(self._what, f"{self._path}[{number}]").wrong("is null", hint="Write {} where it is to be empty.")
-        return cast("list[Any]", value)
+        return value
 
     def items(self, tree: Mapping[str, Any], field: str) -> list[tuple[int, Any]]:
         """What the list in a field has, with its numbers; nothing where it is absent."""
@@ -175,13 +175,13 @@ def _requirement(place: _Place, value: Any) -> Requirement:
         place.at("values").wrong(f"is needed with {operator}")
     if operator in ("Exists", "DoesNotExist") and values:
         place.at("values").wrong(f"may not be given with {operator}")
-    return Requirement(_key(place.at("key"), tree.get("key")), operator, values)
+    return Requirement(_key(place.at("key"), tree.get("key")), cast("Operator", operator), values)
 
 
 def _key(place: _Place, key: Any) -> str:
     if not isinstance(key, str) or not LABEL_KEY.match(key):
         place.wrong("is not a label's key")
-    return cast("str", key)
+    return key
 
 
 def _value(place: _Place, value: Any) -> str:
@@ -189,7 +189,7 @@ def _value(place: _Place, value: Any) -> str:
         place.wrong("is not a string", hint="Quote it: a label's value is text.")
     if len(value) > LABEL_VALUE_CHARACTERS or not value.isprintable():
         place.wrong("is not a label's value")
-    return cast("str", value)
+    return value
 
 
 def _rule(place: _Place, value: Any, direction: str, uid: int) -> Rule:

@@ -16,6 +16,7 @@ from netnsd.core.batch import Batcher
 from netnsd.core.environment import Environment
 from netnsd.core.interfaces import Adapters
 from netnsd.core.particulars import Particulars, opening
+from netnsd.core.policing import Policing
 from netnsd.core.pool import messages
 from netnsd.core.registry import Registry
 from netnsd.core.supervisor import Supervisor
@@ -31,11 +32,12 @@ class Removal:
     """Removes environments, while ``run`` runs."""
 
     def __init__(self, adapters: Adapters, registry: Registry, supervisor: Supervisor,
-                 particulars: Particulars) -> None:
+                 particulars: Particulars, policing: Policing) -> None:
         self._a = adapters
         self._registry = registry
         self._supervisor = supervisor
         self._particulars = particulars
+        self._policing = policing
         self._under_way: dict[str, trio.Event] = {}
         self._reaper: Batcher[_Doomed] = Batcher(self._reap, BATCH, workers=_AT_ONCE)
         self._nursery: trio.Nursery | None = None
@@ -195,7 +197,9 @@ class Removal:
                 errors.append(error)
         if errors:
             raise ExceptionGroup("reap", errors)
-        self._registry.release([one.environment for one in doomed if one.is_last])
+        last = [one.environment for one in doomed if one.is_last]
+        await self._policing.leave(last)  # before its address is anybody else's
+        self._registry.release(last)
 
 
 @dataclass(frozen=True, slots=True)

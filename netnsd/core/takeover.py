@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from netnsd.core.actor import Account, Actor
     from netnsd.core.caretaker import Caretaker
     from netnsd.core.environment import Environment, Service
+    from netnsd.core.policing import Policing
     from netnsd.core.registry import Registry
     from netnsd.core.removal import Removal
     from netnsd.core.settling import Settling
@@ -31,7 +32,7 @@ class Takeover:
 
     def __init__(self, adapters: Adapters, boot_id: str, emit: Emit, account: Account, *, registry: Registry,
                  supervisor: Supervisor, particulars: Particulars, settling: Settling, removal: Removal,
-                 caretaker: Caretaker, sharing: Sharing) -> None:
+                 caretaker: Caretaker, sharing: Sharing, policing: Policing) -> None:
         self._a = adapters
         self._boot_id = boot_id
         self._emit = emit
@@ -43,6 +44,7 @@ class Takeover:
         self._removal = removal
         self._caretaker = caretaker
         self._sharing = sharing
+        self._policing = policing
 
     async def run(self) -> None:
         """Do it. Every environment of the state file is whole afterwards, or going.
@@ -67,7 +69,8 @@ class Takeover:
             if taken := [p for p in environment.ports if self._a.firewall.is_listening(p.protocol, p.published)]:
                 lost[environment.id] = f"published port {taken[0].published}/{taken[0].protocol} is another's now"
         await self._sharing.recall(desired)
-        # Nobody reaches anything of before until what may reach it is known.
+        # Nobody reaches anything of before until what may reach it is known, and what it may reach.
+        await self._policing.begin()
         await self._a.firewall.restore([opening(e) for e, _ in (*actions.adopt, *actions.remake) if e.id not in lost])
         for environment, services in actions.adopt:
             if environment.id not in lost:

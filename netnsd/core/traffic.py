@@ -39,7 +39,8 @@ def without(spans: Iterable[Span], holes: Iterable[Span]) -> list[Span]:
     """``spans`` but for what is in ``holes``, in as few spans as can be."""
     left = merged(spans)
     for first, last in merged(holes):
-        left = [piece for span in left for piece in ((span[0], min(span[1], first - 1)), (max(span[0], last + 1), span[1]))
+        left = [piece for span in left
+                for piece in ((span[0], min(span[1], first - 1)), (max(span[0], last + 1), span[1]))
                 if piece[0] <= piece[1]]
     return left
 

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from typing import Literal
+
 from netnsd import wire
 from netnsd.core.audit import Difference
 from netnsd.core.environment import Environment, Template
+from netnsd.core.policy import Policy
 from netnsd.core.pool import Pool
 
 
@@ -31,6 +34,17 @@ def pool(kept: Pool) -> wire.Pool:
     """The pool of slots."""
     return wire.Pool(name="slots", size=kept.size, target=kept.target, ready=kept.ready, claimed=kept.claimed,
                      missed=kept.missed, reason=kept.reason)
+
+
+def policy(kept: Policy, selects: list[str]) -> wire.Policy:
+    """A policy as users see it."""
+    types: list[Literal["Ingress", "Egress"]] = []
+    if kept.ingress is not None:
+        types.append("Ingress")
+    if kept.egress is not None:
+        types.append("Egress")
+    return wire.Policy(name=kept.name, owner=wire.Owner(uid=kept.uid, user=kept.user), types=types, selects=selects,
+                       document=kept.document, created_at=kept.created_at)
 
 
 def template(kept: Template, *, ready: int, reason: str) -> wire.Template:

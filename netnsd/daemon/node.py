@@ -32,6 +32,7 @@ from netnsd.core.batch import Shared
 from netnsd.core.environments import Environments
 from netnsd.core.interfaces import Adapters
 from netnsd.core.pace import Pace
+from netnsd.core.policies import Policies
 from netnsd.core.pool import PoolSettings
 from netnsd.core.projects import Projects
 from netnsd.core.registry import Settings
@@ -139,6 +140,8 @@ class Node:
             login = partial(peer.login, admin_group=self._config.daemon.admin_group)
             self._tokens = Tokens(store, self._clock, login, self._emit)
             self._projects = Projects(self.environments, self._templates, login, api.dev_users)
+            self._policies = Policies(self.environments.policing, self.environments.registry, self._clock, peer.members,
+                                      self._emit)
             try:
                 # What environments lean on ends after them.
                 async with trio.open_nursery() as below:
@@ -240,7 +243,7 @@ class Node:
         api, attach = self._door(API_SOCKET), self._door(ATTACH_SOCKET)
         context = Context(self.environments, self._templates, Metrics(self._figures).text, self._info, self._examine,
                           files.log_path, logfile.read, self._events.follow, tokens=self._tokens,
-                          projects=self._projects)
+                          projects=self._projects, policies=self._policies)
         closer = Closer(filters_descriptors=api.filters_descriptors)
         pace = Pace(self._config.api.requests_per_second, self._config.api.requests_burst)
         self._http = HttpServer(Bearer(application(context), self._tokens, pace), closer)

@@ -129,6 +129,8 @@ class NftFirewall:
 
     def _judge(self, judgement: Judgement) -> None:
         before, self._judgement = self._judgement, judgement
+        if not self._loaded:  # at the start: a daemon before may have left others, and all is loaded in a moment
+            return
         try:
             self._change(ruleset.of_judgement(before), ruleset.of_judgement(judgement))
         except BaseException:

@@ -34,6 +34,8 @@ _U16 = struct.Struct(">H")
 # A list of elements is one attribute, whose length has 16 bits; an element of ours takes 60 bytes at most.
 _ELEMENTS_EACH = 1000
 _RECEIVE_BYTES = 65536
+# A transaction is sent whole: all passages that there may be, deleted, and as many others added.
+_SO_SNDBUFFORCE, _SEND_BYTES = 32, 8 << 20  # asm-generic/socket.h; the kernel doubles it
 
 _PADDING = (b"", b"\0\0\0", b"\0\0", b"\0")
 
@@ -61,6 +63,7 @@ class ElementSocket:
         self._family = family
         self._socket = socket.socket(socket.AF_NETLINK, socket.SOCK_RAW | socket.SOCK_CLOEXEC, _NETLINK_NETFILTER)
         self._socket.bind((0, 0))
+        self._socket.setsockopt(socket.SOL_SOCKET, _SO_SNDBUFFORCE, _SEND_BYTES)
         self._socket.setsockopt(_SOL_NETLINK, _NETLINK_CAP_ACK, 1)
         self._sequence = 1
 

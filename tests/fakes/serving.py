@@ -205,7 +205,8 @@ async def serving(directory: Path, *, filters: bool | None = None, connections_p
 
     async with world.running() as environments:
         context = Context(environments, world.templates, lambda: b"netnsd_test 1\n", info, doctor or no_doctor,
-                          world.files.log_path, read_log, events.follow, tokens=world.tokens, projects=world.projects)
+                          world.files.log_path, read_log, events.follow, tokens=world.tokens, projects=world.projects,
+                          policies=world.policies)
         api, attach = _listener(directory / "api.sock"), _listener(directory / "attach.sock")
         with api, attach, socket.create_server(("127.0.0.1", 0)) as listener:
             filtered = peer.refuse_descriptors(api) if filters in (True, None) else False

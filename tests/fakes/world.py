@@ -15,6 +15,7 @@ from netnsd.core.actor import Actor
 from netnsd.core.addressing import Plan
 from netnsd.core.environments import Environments
 from netnsd.core.interfaces import Adapters
+from netnsd.core.policies import Policies
 from netnsd.core.pool import PoolSettings
 from netnsd.core.projects import Projects
 from netnsd.core.registry import Settings
@@ -67,6 +68,7 @@ class World:
         self.templates: Templates
         self.tokens: Tokens
         self.projects: Projects
+        self.policies: Policies
 
     @asynccontextmanager
     async def running(self) -> AsyncIterator[Environments]:
@@ -84,6 +86,8 @@ class World:
             self.templates = Templates(self.environments, adapters, self._account, self._emit)
             self.tokens = Tokens(adapters.store, self.clock, self.login, self._emit)
             self.projects = Projects(self.environments, self.templates, self.login, self.developers)
+            self.policies = Policies(self.environments.policing, self.environments.registry, self.clock, self._members,
+                                     self._emit)
             async with trio.open_nursery() as nursery:
                 await nursery.start(self.environments.run)
                 await nursery.start(self.templates.run)
@@ -119,6 +123,9 @@ class World:
             "names left": set(self.network.left),
             "owners": set(self.firewall.owners),
             "published": dict(self.firewall.published),
+            "passages": set(self.firewall.judgement.passages),
+            "confined": set(self.firewall.judgement.confined),
+            "shielded": set(self.firewall.judgement.shielded),
             "cgroups": sorted(self.cgroups.groups),
             "limits": dict(self.cgroups.limited),
             "processes": dict(self.processes.running),

@@ -61,8 +61,8 @@ class World:
         return any(self._rule_lets(user, rule, "from", source, protocol, port)
                    for user, d in applying for rule in d.get("spec", {}).get("ingress") or [])
 
-    def _rule_lets(self, user: str, rule: Mapping[str, Any], direction: str, peer: Pod | str, protocol: int,
-                   port: int) -> bool:
+    def _rule_lets(self, user: str, rule: Mapping[str, Any], direction: str, peer: Pod | str,  # noqa: PLR0917
+                   protocol: int, port: int) -> bool:
         ports = rule.get("ports") or []
         if ports and not any(_port_is(p, protocol, port) for p in ports):
             return False

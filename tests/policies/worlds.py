@@ -63,8 +63,8 @@ selectors = st.fixed_dictionaries({}, optional={
 _namespaces = st.one_of(
     st.just({}), st.just({"matchLabels": {"app": "a"}}),
     st.builds(lambda user: {"matchLabels": {"kubernetes.io/metadata.name": user}}, st.sampled_from(sorted(USERS))),
-    st.builds(lambda user: {"matchExpressions": [
-        {"key": "kubernetes.io/metadata.name", "operator": "NotIn", "values": [user]}]}, st.sampled_from(sorted(USERS))))
+    st.builds(lambda user: {"matchExpressions": [{"key": "kubernetes.io/metadata.name", "operator": "NotIn",
+                                                  "values": [user]}]}, st.sampled_from(sorted(USERS))))
 _blocks = st.sampled_from([
     {"cidr": "0.0.0.0/0"}, {"cidr": "192.0.2.0/24", "except": ["192.0.2.128/25"]}, {"cidr": "10.0.0.0/8"},
     {"cidr": "10.9.0.0/16"}, {"cidr": "198.51.100.7/32", "except": None},

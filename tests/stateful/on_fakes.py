@@ -211,7 +211,7 @@ class FakeDriver:
         events = EventLog(self.world.clock.now)
         return application(Context(environments, self.world.templates, lambda: b"", info, doctor,
                                    self.world.files.log_path, read_log, events.follow, tokens=self.world.tokens,
-                                   projects=self.world.projects))
+                                   projects=self.world.projects, policies=self.world.policies))
 
     async def _request(self, actor: Actor, method: str, path: str, body: Any) -> tuple[int, Any]:
         data = b"" if body is None else json.dumps(body).encode()

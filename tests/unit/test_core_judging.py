@@ -117,6 +117,6 @@ def test_more_passages_than_a_user_may_have_are_refused(monkeypatch: pytest.Monk
 def test_closed_lets_nothing_in_and_nothing_out() -> None:
     environments = [environment(index, "alice", share="lan") for index in range(3)]
     judgement = judging.closed(environments)
-    ends = [*map(pod, environments), "192.0.2.1"]
+    ends: list[Pod | str] = [*map(pod, environments), "192.0.2.1"]
     assert not any(passes(judgement, source, target, protocol, 80)
                    for source, target in product(ends, ends) if source is not target for protocol in PROTOCOLS)
