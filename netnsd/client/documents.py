@@ -49,17 +49,10 @@ def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 def _yaml(text: str) -> list[Any]:
     """Raises ValueError with the line."""
-    from typing import ClassVar
-
     import yaml
 
     class Loader(yaml.SafeLoader):
         """The safe one, without what would mean something else than it says."""
-
-        # A date is text here, as it is to who reads the document.
-        yaml_implicit_resolvers: ClassVar = {
-            first: [(tag, pattern) for tag, pattern in some if not tag.endswith(":timestamp")]
-            for first, some in yaml.SafeLoader.yaml_implicit_resolvers.items()}
 
         def compose_node(self, parent: Any, index: Any) -> Any:
             # A few lines of them become as many objects as one likes.
@@ -77,6 +70,10 @@ def _yaml(text: str) -> list[Any]:
                 seen.add(key.value)
             return super().construct_mapping(node, deep)
 
+    # A date is text here, as it is to who reads the document.
+    Loader.yaml_implicit_resolvers = {
+        first: [(tag, pattern) for tag, pattern in some if not tag.endswith(":timestamp")]
+        for first, some in yaml.SafeLoader.yaml_implicit_resolvers.items()}
     try:
         return list(yaml.load_all(text, Loader))
     except yaml.YAMLError as error:
