@@ -41,7 +41,7 @@ def _entry(text: str) -> tuple[Span, Traffic]:
     try:
         network = ipaddress.IPv4Network(f"{found['address']}/{found['length'] or 32}")
     except ValueError as error:
-        raise _wrong(text, f"has no IPv4 network ({error})") from error
+        raise _wrong(text, f"has no IPv4 network: {str(error)[:80]}") from error
     ports = ANY_PORT
     if found["port"] is not None:
         ports = (int(found["port"]), int(found["end"] or found["port"]))

@@ -185,12 +185,12 @@ class Environments:
                     raise
                 await self._unname(environment, old)
                 self.registry.free(old)
-                if was_concerned or self.policing.concerns(environment):
-                    await self._judge_anew(environment)
                 try:
                     self._a.files.furnish(environment)
                 except NetnsdError as error:  # it is done again when something is started there
                     self._particulars.tell("furnish_failed", environment, reason=error.message)
+            if was_concerned or self.policing.concerns(environment):
+                await self._judge_anew(environment)
         self._supervisor.pulse()
         self._particulars.tell("created", environment)
         return environment
@@ -200,7 +200,7 @@ class Environments:
         try:
             await self.policing.follow()
         except BaseException:
-            self.remove_behind(environment)
+            await self._undo_all([environment])
             raise
 
     async def _unname(self, environment: Environment, netns: str) -> None:

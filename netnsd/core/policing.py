@@ -160,8 +160,9 @@ class Policing:
         if judgement != self._judgement:
             try:
                 await self._firewall.judge(judgement)
-            except BaseException:
-                self._judgement = None  # nobody knows
+            except BaseException as error:
+                if not isinstance(error, NetnsdError):
+                    self._judgement = None  # nobody knows
                 self._take_back(changed)
                 raise
         self._judgement, self.policies = judgement, policies

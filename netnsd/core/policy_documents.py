@@ -40,11 +40,11 @@ def documents_of(given: Sequence[Any]) -> list[dict[str, Any]]:
         place.known(tree, {"apiVersion", "kind", "metadata", "items"})
         if tree.get("apiVersion") != _LISTS[kind]:
             place.at("apiVersion").wrong(f"is not {_LISTS[kind]}")
-        metadata = place.at("metadata").mapping(tree.get("metadata") or {})
+        metadata = place.at("metadata").mapping(_given(tree, "metadata", {}))
         place.at("metadata").known(metadata, {"resourceVersion"})  # kubectl writes an empty one
         if metadata.get("resourceVersion"):
             place.at("metadata.resourceVersion").wrong("is the cluster's: leave it out")
-        for item in place.at("items").sequence(tree.get("items") or []):
+        for _, item in place.items(tree, "items"):
             typed = {"apiVersion": API_VERSION, "kind": KIND} if kind != "List" and isinstance(item, dict) else {}
             found.append(typed | item if typed else item)
     if len(found) > MOST_DOCUMENTS:

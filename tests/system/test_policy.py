@@ -1,4 +1,4 @@
-"""NetworkPolicy on the real kernel: every ordered pair of environments is tried, and compared with what documents say."""
+"""NetworkPolicy on the real kernel: every ordered pair of environments is tried, and goes as documents say."""
 
 from __future__ import annotations
 
@@ -10,17 +10,18 @@ from typing import Any
 
 import pytest
 
-from tests.harness import ALICE, BOB, Daemon, HostNamespace, wait_until
+from tests.harness import ALICE, BOB, Daemon, HostNamespace, User, wait_until
 from tests.policies.oracle import World
 from tests.policies.worlds import document
 from tests.system.probing import KINDS, PROBES, Party, server, table
 
 SUPERNET = "10.203.0.0/16"
 # Two bridges of six ports: neighbours, and who is behind another bridge. Users take turns.
-MEMBERS = (("web", ALICE, {"app": "web", "tier": "front"}), ("till", BOB, {"app": "web"}),
-           ("api", ALICE, {"app": "api"}), ("desk", BOB, {"app": "api", "tier": "back"}),
-           ("db", ALICE, {"app": "db", "tier": "back"}), ("bank", BOB, {}),
-           ("job", ALICE, {}), ("lab", ALICE, {"app": "db", "tier": "front"}))
+MEMBERS: tuple[tuple[str, User, dict[str, str]], ...] = (
+    ("web", ALICE, {"app": "web", "tier": "front"}), ("till", BOB, {"app": "web"}),
+    ("api", ALICE, {"app": "api"}), ("desk", BOB, {"app": "api", "tier": "back"}),
+    ("db", ALICE, {"app": "db", "tier": "back"}), ("bank", BOB, {}),
+    ("job", ALICE, {}), ("lab", ALICE, {"app": "db", "tier": "front"}))
 Documents = list[tuple[str, dict[str, Any]]]
 
 
@@ -111,7 +112,8 @@ def compare(party: Party, documents: Documents) -> None:
     print(table(names, names, reached))
     expected = {(a, b): {probe for probe in PROBES if world.lets(party.pods[a], party.pods[b], *probe)}
                 for a in names for b in names if a != b}
-    wrong = [f"{a} -> {b} {KINDS[protocol]} {port}: {'came through' if (protocol, port) in reached[a, b] else 'did not'}"
+    wrong = [f"{a} -> {b} {KINDS[protocol]} {port} "
+             f"{'came through' if (protocol, port) in reached[a, b] else 'did not come through'}"
              for (a, b), want in expected.items() for protocol, port in sorted(want ^ reached[a, b])]
     assert not wrong, "\n".join(wrong)
 
