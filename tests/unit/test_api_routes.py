@@ -19,6 +19,7 @@ from tests.fakes.world import ALICE, BOB, CAROL, request
 OF_ONE = [route for route in ROUTES if route.path.startswith("/v1/environments/{ref}")]
 OF_A_TOKEN = [route for route in ROUTES if route.path.startswith("/v1/tokens/{ref}")]
 OF_A_TEMPLATE = [route for route in ROUTES if route.path.startswith("/v1/templates/{ref}")]
+OF_A_POLICY = [route for route in ROUTES if route.path.startswith("/v1/policies/{ref}")]
 
 
 def named(route: Route) -> str:
@@ -33,7 +34,7 @@ async def served(tmp_path: Path) -> AsyncIterator[Served]:
 
 def test_every_route_names_its_permission() -> None:
     assert all(isinstance(route.permission, Permission) for route in ROUTES)
-    of_somebodys = OF_ONE + OF_A_TEMPLATE + OF_A_TOKEN
+    of_somebodys = OF_ONE + OF_A_TEMPLATE + OF_A_POLICY + OF_A_TOKEN
     assert all(route.permission is Permission.OWNER for route in of_somebodys)
     assert [route for route in ROUTES if "{ref}" in route.path] == of_somebodys
     assert len({(route.method, route.path) for route in ROUTES}) == len(ROUTES)
