@@ -5,6 +5,7 @@ Without click.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import sys
 
@@ -27,7 +28,7 @@ def read(file: str) -> list[Any]:
     except UnicodeDecodeError as error:
         raise InvalidPolicy(f"{where} is not UTF-8", hint="Save it as UTF-8.") from error
     try:
-        found = [json.loads(text, object_pairs_hook=_object)] if text.lstrip()[:1] == "{" else _yaml(text)
+        found = _documents(text)
         json.dumps(found, ensure_ascii=False).encode()
     except RecursionError as error:
         raise InvalidPolicy(f"{where} is nested too deep", hint="Is it a NetworkPolicy?") from error
@@ -38,6 +39,14 @@ def read(file: str) -> list[Any]:
     if not documents:
         raise InvalidPolicy(f"{where} has no document", hint="Write one, with kind: NetworkPolicy.")
     return documents
+
+
+def _documents(text: str) -> list[Any]:
+    """JSON is YAML, but for its tabs; several documents of it are YAML alone. Raises ValueError."""
+    if text.lstrip()[:1] == "{":
+        with contextlib.suppress(json.JSONDecodeError):
+            return [json.loads(text, object_pairs_hook=_object)]
+    return _yaml(text)
 
 
 def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:

@@ -18,15 +18,15 @@ KINDS = {TCP: "tcp", UDP: "udp"}
 Probe = tuple[int, int]
 PROBES: tuple[Probe, ...] = tuple((protocol, port) for protocol in (TCP, UDP) for port in PORTS)
 
-# Answers with its name at every port, TCP and UDP; says on a line who came.
+# Answers with its name at every port of an address, TCP and UDP; says on a line who came.
 _SERVER = """
 import select, socket, sys
-name, ports = sys.argv[1].encode(), [int(port) for port in sys.argv[2:]]
+name, address, ports = sys.argv[1].encode(), sys.argv[2], [int(port) for port in sys.argv[3:]]
 sockets = {}
 for port in ports:
     udp = socket.socket(socket.AF_INET, socket.SOCK_DGRAM)
-    udp.bind(("0.0.0.0", port))
-    tcp = socket.create_server(("0.0.0.0", port), backlog=256)
+    udp.bind((address, port))
+    tcp = socket.create_server((address, port), backlog=256)
     for one, kind in ((udp, "udp"), (tcp, "tcp")):
         one.setblocking(False)
         sockets[one] = (kind, port)
@@ -55,7 +55,7 @@ while True:
         except OSError:
             talking.discard(one)
 """
-# Tries all at once that a line of JSON asks for, [[kind, address, port], ...], and says who answered: names, or null.
+# Tries all at once that a line of JSON asks for, [[kind, address, port, source], ...], and says who answered, or null.
 _PROBER = """
 import json, select, socket, sys, time
 for line in sys.stdin:
@@ -66,7 +66,9 @@ for line in sys.stdin:
     for way in ways:
         one = socket.socket(socket.AF_INET, socket.SOCK_STREAM if way[0] == "tcp" else socket.SOCK_DGRAM)
         one.setblocking(False)
-        one.connect_ex(way[1:])
+        if way[3]:
+            one.bind((way[3], 0))
+        one.connect_ex(way[1:3])
         waiting[one] = way
     while waiting and time.monotonic() < until:
         if time.monotonic() >= again:  # a datagram may be lost where many come at once
@@ -92,20 +94,19 @@ for line in sys.stdin:
 """
 
 
-def server(name: str) -> list[str]:
+def server(name: str, address: str = "0.0.0.0") -> list[str]:
     """A command that answers with its name at every port of ``PORTS``."""
-    return [PYTHON, "-c", _SERVER, name, *map(str, PORTS)]
+    return [PYTHON, "-c", _SERVER, name, address, *map(str, PORTS)]
 
 
 class Prober:
     """Somebody in a network who tries ways. Close it."""
 
     def __init__(self, place: Place, *, user: str | None = None) -> None:
-        self._place = place
         self._process = place.popen([PYTHON, "-c", _PROBER], user=user, cwd="/", stdin=subprocess.PIPE)
 
-    def begin(self, ways: Sequence[tuple[str, str, int]], seconds: float) -> None:
-        """Try them all, for so long."""
+    def begin(self, ways: Sequence[tuple[str, str, int, str]], seconds: float) -> None:
+        """Try them all for so long: protocol, address, port, and from which address; empty for any."""
         assert self._process.stdin is not None
         self._process.stdin.write(json.dumps({"ways": ways, "seconds": seconds}).encode() + b"\n")
         self._process.stdin.flush()
@@ -120,8 +121,10 @@ class Prober:
     def close(self) -> None:
         """End it."""
         assert self._process.stdin is not None
+        assert self._process.stdout is not None
         self._process.stdin.close()
-        self._place.reap()
+        self._process.wait(timeout=5)
+        self._process.stdout.close()
 
 
 def network_of(host: HostNamespace, environment: Environment) -> Place:
@@ -155,7 +158,7 @@ class Party:
         asked = {}
         for source, prober in self._probers.items():
             asked[source] = [(target, probe) for target in targets if target != source for probe in PROBES]
-            prober.begin([(KINDS[protocol], targets[target], port) for target, (protocol, port) in asked[source]],
+            prober.begin([(KINDS[protocol], targets[target], port, "") for target, (protocol, port) in asked[source]],
                          seconds)
         found: dict[tuple[str, str], set[Probe]] = {}
         for source, prober in self._probers.items():

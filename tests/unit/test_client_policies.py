@@ -39,7 +39,7 @@ def run(*args: str, **kwargs: Any) -> Result:
 
 @pytest.mark.parametrize("text", [
     yaml.safe_dump(DOCUMENT), json.dumps(DOCUMENT), json.dumps(DOCUMENT, indent="\t"), f"--- \n{json.dumps(DOCUMENT)}",
-    f"# one\n---\n{yaml.safe_dump(DOCUMENT)}---\n# nothing\n---\n"])
+    f"{json.dumps(DOCUMENT)}\n---\n", f"# one\n---\n{yaml.safe_dump(DOCUMENT)}---\n# nothing\n---\n"])
 def test_a_file_is_sent_as_it_is(daemon: FakeDaemon, tmp_path: Path, text: str) -> None:
     (tmp_path / "policies").write_text(text)
     done = run("policy", "apply", "-f", str(tmp_path / "policies"))
