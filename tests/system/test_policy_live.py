@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 from tests.harness import ALICE, BOB, Daemon, HostNamespace, wait_until
-from tests.policies.oracle import TCP, UDP, World
+from tests.policies.oracle import TCP, UDP, Pod, World
 from tests.policies.worlds import document
 from tests.system.clients import PYTHON, Conversation, Environment, echo_server
 from tests.system.probing import KINDS, PROBES, Party, Prober, network_of, pod_of, server, table
@@ -122,10 +122,11 @@ def block(cidr: str, *holes: str) -> dict[str, Any]:
 
 OUT: dict[str, list[dict[str, Any]]] = {
     "none": [],
-    "blocks": [document("out", {"podSelector": {"matchExpressions": [{"key": "app", "operator": "NotIn", "values": ["own"]}]},
-                                "policyTypes": ["Egress"],
-                                "egress": [{"to": [block("203.0.113.0/24", "203.0.113.128/25")]},
-                                           {"to": [block("0.0.0.0/0")], "ports": [{"port": 80, "endPort": 81}]}]}),
+    "blocks": [document("out", {
+        "podSelector": {"matchExpressions": [{"key": "app", "operator": "NotIn", "values": ["own"]}]},
+        "policyTypes": ["Egress"],
+        "egress": [{"to": [block("203.0.113.0/24", "203.0.113.128/25")]},
+                   {"to": [block("0.0.0.0/0")], "ports": [{"port": 80, "endPort": 81}]}]}),
                document("in", {"ingress": [{"from": [block("203.0.113.0/24")], "ports": [{"port": 80}]},
                                            {"from": [block("192.0.2.0/24")], "ports": [{"protocol": "UDP"}]}]})],
     "nothing out, everything in": [document("out", {"policyTypes": ["Egress"]}), document("in", {"ingress": [{}]})],
@@ -157,7 +158,7 @@ def test_the_outside_is_reached_and_reaches_in_as_documents_and_egress_say(
         world = World(tuple(party.pods.values()), tuple(("alice", one) for one in documents), SUPERNET)
         reached = party.reached(others=OUTSIDE)
         print(f"\n{name}:\n{table(list(party.pods), [*party.pods, *OUTSIDE], reached)}")
-        ends = {**party.pods, **OUTSIDE}
+        ends: dict[str, Pod | str] = {**party.pods, **OUTSIDE}
         expected = {(a, b): {probe for probe in PROBES if world.lets(party.pods[a], ends[b], *probe)}
                     for a in party.pods for b in ends if a != b}
         assert reached == expected
@@ -218,7 +219,8 @@ def flow(host: HostNamespace, source: Environment, friend: Environment, stranger
 def test_what_both_policies_let_goes_on_across_a_change_and_what_both_forbid_never_passes(daemon: Daemon) -> None:
     source, friend, stranger = create(daemon, "source"), create(daemon, "friend"), create(daemon, "stranger")
     narrow = document("friend", {"podSelector": {"matchLabels": {"app": "friend"}}, "ingress": [
-        {"from": [{"podSelector": {"matchLabels": {"app": "source"}}}], "ports": [{"port": 80}, {"port": 80, "protocol": "UDP"}]}]})
+        {"from": [{"podSelector": {"matchLabels": {"app": "source"}}}],
+         "ports": [{"port": 80}, {"port": 80, "protocol": "UDP"}]}]})
     wide = document("friend", {"podSelector": {"matchLabels": {"app": "friend"}}, "ingress": [{}]})
     other = document("stranger", {"podSelector": {"matchLabels": {"app": "stranger"}}, "ingress": [
         {"from": [{"podSelector": {"matchLabels": {"app": "friend"}}}]}], "policyTypes": ["Ingress", "Egress"]})
@@ -243,12 +245,11 @@ def test_what_is_forbidden_now_is_cut_though_it_was_connected_before(daemon: Dae
     target = daemon.create_json("target", *echo_server("target", 80, "0.0.0.0"), user=ALICE, ports=[80],
                                 options=["--label", "app=target"], wait=True)
     apply(daemon, document("in", {"podSelector": {"matchLabels": {"app": "target"}}, "ingress": [{}]}))
-    for change in (lambda: daemon.ctl("label", "target", "app=other", user=ALICE, check=True),
-                   lambda: daemon.ctl("policy", "rm", "in", user=ALICE, check=True)):
+    for change in (("label", "target", "app=other"), ("policy", "rm", "in")):
         place = network_of(daemon.host, source)
         with Conversation(place, target["address"], 80, user=ALICE) as talk:
             assert talk.say("one") == "target heard one"
-            change()
+            daemon.ctl(*change, user=ALICE, check=True)
             assert "target" not in talk.say("two")
         place.reap()
         daemon.ctl("label", "target", "app=target", user=ALICE, check=True)

@@ -60,10 +60,10 @@ def test_several_documents_and_lists_are_sent_together(daemon: FakeDaemon) -> No
 @pytest.mark.parametrize(("text", "why"), [
     ("", "no document"), ("# nothing\n", "no document"), ("a: 1\nb: 2\na: 3\n", "line 3: the key 'a' is given twice"),
     ('{"a": 1, "a": 2}', "twice"), ("a: {b: 1, b: 2}", "'b' is given twice"), ("1: a", "line 1: the key '1'"),
-    ("yes: a", "the key 'yes' is not a string"), ("a: &x 1\nb: *x\n", "line 2: aliases"), ("a: !!python/name:os.system",
-    "could not determine a constructor"), ("a: [", "expected"), ("{", "not what it should be"),
-    ("a: &x [*x]", "aliases"), ("<<: {a: 1}", "'<<' is not a string"), ("[" * 3000, "nested too deep"), ('{"a":' * 3000, "nested too deep"),
-    ('"\\ud800"', "not what it should be")])
+    ("yes: a", "the key 'yes' is not a string"), ("a: &x 1\nb: *x\n", "line 2: aliases"),
+    ("a: !!python/name:os.system", "could not determine a constructor"), ("a: [", "expected"),
+    ("{", "not what it should be"), ("a: &x [*x]", "aliases"), ("<<: {a: 1}", "'<<' is not a string"),
+    ("[" * 3000, "nested too deep"), ('{"a":' * 3000, "nested too deep"), ('"\\ud800"', "not what it should be")])
 def test_what_means_two_things_or_none_is_refused(daemon: FakeDaemon, text: str, why: str) -> None:
     done = run("policy", "apply", "-f", "-", input=text)
     assert done.exit_code == 2
