@@ -18,8 +18,8 @@ _BARE = {"cwd": "/", "env": {"PATH": "/usr/bin:/bin"}}
 _PORTS = [{"port": 3000}, {"port": 3000, "protocol": "udp", "publish": NUMBER}]
 WHOLE = {"name": "web", "command": echo_server("web", 3000), "ports": _PORTS, **_BARE}
 WITHOUT = {"name": "web", "ports": [{"port": 3000}]}
-# A limit, a check and a policy: what a plain one does without.
-LOOKED_AFTER = {**WHOLE, "resources": {"pids": 64}, "restart": "on-failure",
+# A limit, a check, what it reaches outside and a policy: what a plain one does without.
+LOOKED_AFTER = {**WHOLE, "egress": "deny", "resources": {"pids": 64}, "restart": "on-failure",
                 "health": {"tcp": 3000, "interval_seconds": 1.0}}
 TEMPLATE = {"name": "tpl", "warm": 1, "specification": {
     "command": echo_server("web", 3000), "ports": [{"port": 3000}], **_BARE}}
@@ -246,6 +246,24 @@ def _used(world: World) -> None:
     world.alice.good("DELETE", f"{_ENVIRONMENTS}/web")
 
 
+def _policy(ingress: list[Any]) -> dict[str, Any]:
+    return {"apiVersion": "networking.k8s.io/v1", "kind": "NetworkPolicy", "metadata": {"name": "in"},
+            "spec": {"podSelector": {}, "ingress": ingress}}
+
+
+_POLICY = {"policies": [_policy([{"from": [{"podSelector": {}}]}])]}
+
+
+def _under_a_policy(world: World) -> None:
+    _create(world)
+    world.alice.good("POST", "/v1/policies", _POLICY)
+
+
+def _policy_again(world: World) -> None:
+    world.alice.good("POST", "/v1/policies", {"policies": [_policy([])]})
+    world.alice.good("DELETE", "/v1/policies/in")
+
+
 def _post(path: str, body: Any = None) -> dict[str, Any]:
     return {"method": "POST", "path": path, "body": body}
 
@@ -279,6 +297,9 @@ PATHS = (
     Path("removal of a template", {"method": "DELETE", "path": "/v1/templates/tpl"}, _add_template, names=()),
     Path("token", _post("/v1/tokens", TOKEN), names=(), again=_token_again),
     Path("revocation of a token", {"method": "DELETE", "path": "/v1/tokens/t"}, _add_token, names=()),
+    Path("policy", _post("/v1/policies", _POLICY), _create, Fate.KEPT, again=_policy_again),
+    Path("removal of a policy", {"method": "DELETE", "path": "/v1/policies/in"}, _under_a_policy, Fate.KEPT,
+         again=_policy_again),
     Repair("repair of the state", {}, _create, Fate.KEPT, again=_repaired),
     DaemonStart("start of the daemon", {}, _left_by_another, Fate.KEPT, again=World.be_new),
     DaemonStop("stop of the daemon", {}, _all_in_use, Fate.KEPT, again=World.be_new),
@@ -298,6 +319,8 @@ def clean(world: World) -> None:
         world.alice.good("DELETE", f"/v1/templates/{template['name']}")
     for token in world.alice.good("GET", "/v1/tokens")["tokens"]:
         world.alice.good("DELETE", f"/v1/tokens/{token['id']}")
+    for policy in world.alice.good("GET", "/v1/policies")["policies"]:
+        world.alice.good("DELETE", f"/v1/policies/{policy['name']}")
     for name in world.environments():
         world.alice.good("DELETE", f"{_ENVIRONMENTS}/{name}")
     if world.root.good("GET", "/v1/info")["pool_size"]:
