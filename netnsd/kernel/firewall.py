@@ -33,6 +33,9 @@ _SETS = (*ruleset.KINDS, "allowed", "uplinks", "gateways")
 _MAPS = ("published", "offered")
 # Their messages fit what a socket takes at once (net.core.wmem_default).
 _EACH = 500
+# Each interval that is deleted costs the kernel a look at all of them: 500 of 500 take 150 ms, and 2000 of 2000 take 1.9
+# seconds. Loading everything anew takes 27 microseconds for each, and is one step too.
+_MOST_DELETED = 64
 
 
 class NftFirewall:
@@ -152,6 +155,9 @@ class NftFirewall:
         """Have other elements, in one step: what is in both stays. Anew where somebody has taken some of them away."""
         assert self._elements is not None
         deleted, added = _without(before, after), _without(after, before)
+        if len(deleted.get("allowed", ())) > _MOST_DELETED:
+            self._load(self._elements_of(self._desired.values()))
+            return
         try:
             self._elements.change(ruleset.packed(deleted), ruleset.packed(added))
         except FileNotFoundError:

@@ -324,3 +324,41 @@ async def test_differences_name_elements_of_every_kind(table: Table) -> None:
     await table.nft("add element ip netnsd guests { 10.203.0.2 . 61003 }")
     assert await table.firewall.differences(ALL, []) == (
         ["confined { 10.203.0.3 }", f"seats {{ {SEATED} }}"], ["guests { 10.203.0.2 . 61003 }"])
+
+
+@pytest.mark.parametrize("count", [60, 6000])
+async def test_many_passages_are_replaced_in_one_step(table: Table, count: int) -> None:
+    """Their messages take more than a socket takes by default, and deleting them one by one minutes."""
+    def many(first_port: int) -> Judgement:
+        return Judgement(frozenset(
+            Passage((A + 2 * row, A + 2 * row), (A + 2 * column, A + 2 * column), (6, 6), (first_port, first_port + 9))
+            for row in range(60) for column in range(count // 60)), frozenset({A}))
+
+    await table.firewall.restore([WEB])
+    bare = await table.nft("list ruleset")
+    async with table.watched() as noticed:
+        for first_port in (1, 5):  # these overlap with those before, which must go in the same step
+            await table.firewall.judge(many(first_port))
+        assert not await table.firewall.check()
+        await table.firewall.judge(Judgement())
+        assert noticed == [], "our own changes are nobody else's"
+    assert await table.nft("list ruleset") == bare
+
+
+async def test_many_passages_that_the_kernel_refuses_change_nothing(table: Table) -> None:
+    await table.firewall.restore([WEB])
+    many = frozenset(Passage((A, A), (B, B), (6, 6), (port, port)) for port in range(1, 400, 2))
+    await table.firewall.judge(Judgement(many))
+    before = await table.nft("list ruleset")
+    with pytest.raises(KernelError):
+        await table.firewall.judge(Judgement(frozenset({Passage((A, C), (A, A)), Passage((B, B), (A, A), (6, 6))})))
+    assert await table.nft("list ruleset") == before
+    assert not await table.firewall.check()
+
+
+async def test_before_the_first_load_a_judgement_is_only_known(table: Table) -> None:
+    """A daemon before may have left another, with which it would overlap."""
+    await table.firewall.judge(TALKING)
+    assert await table.nft("list ruleset") == ""
+    await table.firewall.restore([WEB])
+    assert "10.203.0.2/31 . 10.203.0.4 . tcp . 80-90" in await table.nft("list ruleset")
