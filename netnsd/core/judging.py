@@ -18,8 +18,8 @@ from netnsd.core.policy import Peers, Policy, Rule
 from netnsd.core.traffic import EVERYTHING, Reach, Traffic, common, common_reach, reach_of, united, without
 from netnsd.errors import PoliciesExhausted
 
-# The kernel's set takes many more, but any change of it takes a copy: 9 microseconds for each, in which nothing else can
-# be wired; and 27 where many are replaced.
+# The kernel's set takes many more, but any change of it takes a copy, 9 microseconds for each, and 27 where many are
+# replaced; and meanwhile nothing can be wired.
 MOST_PASSAGES = 32768
 MOST_PASSAGES_EACH = 8192
 _EVERYBODY = 1

@@ -33,7 +33,7 @@ _SETS = (*ruleset.KINDS, "allowed", "uplinks", "gateways")
 _MAPS = ("published", "offered")
 # Their messages fit what a socket takes at once (net.core.wmem_default).
 _EACH = 500
-# Each interval that is deleted costs the kernel a look at all of them: 500 of 500 take 150 ms, and 2000 of 2000 take 1.9
+# For each interval that is deleted the kernel looks at all of them: 500 of 500 take 150 ms, and 2000 of 2000 take 1.9
 # seconds. Loading everything anew takes 27 microseconds for each, and is one step too.
 _MOST_DELETED = 64
 
