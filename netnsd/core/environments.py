@@ -198,7 +198,7 @@ class Environments:
     async def _judge_anew(self, environment: Environment) -> None:
         """Its labels are others now. Where that cannot be judged, it goes."""
         try:
-            await self.policing.follow()
+            await self.policing.follow(environment)
         except BaseException:
             await self._undo_all([environment])
             raise
@@ -318,7 +318,7 @@ class Environments:
         steps: list[Callable[[], Awaitable[None]]] = [partial(self._a.firewall.alter, opening(environment))]
         if anyway or environment.egress != before.egress or self.policing.concerns(before) or (
                 self.policing.concerns(environment)):
-            steps.insert(0 if environment.share == "lan" else 1, self.policing.follow)
+            steps.insert(0 if environment.share == "lan" else 1, partial(self.policing.follow, environment))
         for step in steps:
             await step()
 

@@ -25,7 +25,8 @@ MOST_PASSAGES_EACH = 8192
 _EVERYBODY = 1
 
 
-def judge(policies: Sequence[Policy], environments: Iterable[Environment], supernet: Span) -> Judgement:
+def judge(policies: Sequence[Policy], environments: Iterable[Environment], supernet: Span,
+          closed: frozenset[int] = frozenset()) -> Judgement:
     """What these policies, and the ``egress`` of each environment, come to.
 
     Between environments the baseline is deny: one that no ingress policy selects lets none in, and one that no egress
@@ -36,16 +37,12 @@ def judge(policies: Sequence[Policy], environments: Iterable[Environment], super
         policies: everybody's.
         environments: all that there are.
         supernet: first and last address of all that may be environments'.
+        closed: ids of users whose policies let nothing, as they come to too much.
 
-    Raises PoliciesExhausted where that is more than the kernel is to hold.
+    Raises PoliciesExhausted where that is more than the kernel is to hold; details: ``uid``, whose it is for the most
+    part.
     """
-    return _Judge(policies, sorted(environments, key=lambda e: e.slot.index), supernet).judgement()
-
-
-def closed(environments: Iterable[Environment]) -> Judgement:
-    """Nothing may pass, whatever policies say."""
-    addresses = frozenset(_address(environment) for environment in environments)
-    return Judgement(confined=addresses, shielded=addresses)
+    return _Judge(policies, sorted(environments, key=lambda e: e.slot.index), supernet, closed).judgement()
 
 
 @dataclass(slots=True)
@@ -64,7 +61,9 @@ class _Class:
 class _Judge:
     """``places``: of the environments, in the order of their slots."""
 
-    def __init__(self, policies: Sequence[Policy], environments: list[Environment], supernet: Span) -> None:
+    def __init__(self, policies: Sequence[Policy], environments: list[Environment], supernet: Span,
+                 closed: frozenset[int]) -> None:
+        self._closed = closed
         self._environments = environments
         self._addresses = [_address(environment) for environment in environments]
         self._outside: Reach = tuple((span, EVERYTHING) for span in without([egress.ALL_ADDRESSES], [supernet]))
@@ -164,12 +163,15 @@ class _Judge:
         return [(self._addresses[first], self._addresses[last]) for first, last in found]
 
     def _pass(self, uid: int, passages: list[Passage]) -> None:
+        if uid in self._closed:
+            return
         self._passages += passages
         self._counts[uid] = self._counts.get(uid, 0) + len(passages)
         if self._counts[uid] > MOST_PASSAGES_EACH or len(self._passages) > MOST_PASSAGES:
+            most = uid if self._counts[uid] > MOST_PASSAGES_EACH else max(self._counts, key=lambda u: self._counts[u])
             raise PoliciesExhausted("the policies come to more passages than the host keeps: at most"
                                     f" {MOST_PASSAGES_EACH} of one user, and {MOST_PASSAGES} of all",
-                                    hint="Name fewer ports and blocks, or select fewer environments.")
+                                    hint="Name fewer ports and blocks, or select fewer environments.", uid=most)
 
 
 def _let(lets: Iterable[list[tuple[int, Traffic]]], peer: _Class) -> Traffic:

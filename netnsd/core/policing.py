@@ -7,8 +7,9 @@ ask for at about the same time is judged once.
 from __future__ import annotations
 
 import ipaddress
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 
 import trio
 
@@ -32,8 +33,12 @@ _LARGE = 64
 
 @dataclass(slots=True)
 class _Change:
-    """What somebody asks for. ``policies``: those that change, None for one that goes. ``error``: why it was not."""
+    """What somebody asks for. ``policies``: those that change, None for one that goes. ``error``: why it was not.
 
+    ``blamed``: the user who is told where his policies come to too much with it; others' are closed then.
+    """
+
+    blamed: int | None = None
     admits: frozenset[str] = frozenset()
     leaves: frozenset[str] = frozenset()
     policies: Mapping[Key, Policy | None] = field(default_factory=dict)
@@ -56,6 +61,7 @@ class Policing:
         self.policies: Mapping[Key, Policy] = {}
         self._absent: set[str] = set()  # ids of environments that do not count: not yet, or no more
         self._judgement: Judgement | None = None
+        self._closed: frozenset[int] = frozenset()  # users whose policies come to too much, and let nothing
         self._changes: Batcher[_Change] = Batcher(self._work, _AT_ONCE)
         self._waiting = 0
 
@@ -67,7 +73,7 @@ class Policing:
     async def begin(self) -> None:
         """At the daemon's start: judge what the state file knows, whatever the kernel holds.
 
-        Where that is too much, nothing passes. Raises StoreError, KernelError.
+        Raises StoreError, KernelError.
         """
         try:
             self.policies = {(uid, policy.name): policy
@@ -76,11 +82,7 @@ class Policing:
         except InvalidPolicy as error:
             raise StoreError(f"the state file has a policy that means nothing: {error.message}",
                              hint="Remove it from the table policies, or restore the file.") from error
-        try:
-            await self._ask(_Change())
-        except PoliciesExhausted as error:
-            self._emit("policies_closed", 0, "", "", reason=error.message)
-            await self._firewall.judge(judging.closed(self._registry.all()))
+        await self._ask(_Change())
 
     def expect(self, environment: Environment) -> bool:
         """Whether it has to be admitted before anything runs in it. Till then nothing is let to it or from it."""
@@ -95,14 +97,14 @@ class Policing:
 
     async def admit(self, environment: Environment) -> None:
         """Have it judged, and everybody else for it. Raises PoliciesExhausted, KernelError: it does not count then."""
-        await self._ask(_Change(admits=frozenset({environment.id})))
+        await self._ask(_Change(environment.uid, admits=frozenset({environment.id})))
 
-    async def follow(self) -> None:
-        """Have everybody judged as they are now: labels, ``share`` or ``egress`` of some have changed.
+    async def follow(self, environment: Environment) -> None:
+        """Have everybody judged as they are now: labels, ``share`` or ``egress`` of this one have changed.
 
         Raises PoliciesExhausted, KernelError, with nothing changed.
         """
-        await self._ask(_Change())
+        await self._ask(_Change(environment.uid))
 
     async def leave(self, environments: Sequence[Environment]) -> None:
         """Nothing is let any more to or from these, of which nothing is left. Raises KernelError."""
@@ -114,7 +116,8 @@ class Policing:
 
         Raises PoliciesExhausted, KernelError, StoreError, with nothing changed.
         """
-        await self._ask(_Change(policies=policies))
+        added = next((policy.uid for policy in policies.values() if policy is not None), None)
+        await self._ask(_Change(added, policies=policies))
 
     async def _ask(self, change: _Change) -> None:
         self._waiting += 1
@@ -154,7 +157,8 @@ class Policing:
                 policies[key] = policy
         for uid in {uid for uid, _ in changed}:
             _check_bounds([policy for policy in policies.values() if policy.uid == uid])
-        judgement = await self._compiled(list(policies.values()), [e for e in known if e.id not in absent])
+        judgement, closed = await self._compiled(
+            list(policies.values()), [e for e in known if e.id not in absent], {change.blamed for change in changes})
         if changed:
             self._write(changed)
         if judgement != self._judgement:
@@ -166,18 +170,31 @@ class Policing:
                 self._take_back(changed)
                 raise
         self._judgement, self.policies = judgement, policies
+        for uid in closed - self._closed:
+            self._emit("policies_closed", uid, "", "", reason="they come to more passages than the host keeps")
+        self._closed = closed
         # Others may have come meanwhile that are expected.
         for change in changes:
             self._absent -= change.admits
             self._absent |= change.leaves
         self._absent &= {environment.id for environment in self._registry.all()}
 
-    async def _compiled(self, policies: Sequence[Policy], environments: Sequence[Environment]) -> Judgement:
+    async def _compiled(self, policies: Sequence[Policy], environments: Sequence[Environment],
+                        blamed: Collection[int | None]) -> tuple[Judgement, frozenset[int]]:
+        """The judgement, and whose policies are closed for it. Raises PoliciesExhausted where those are a blamed user's."""
+        closed: frozenset[int] = frozenset()
         if not policies and all(environment.egress == "allow" for environment in environments):
-            return Judgement()
-        if len(policies) * len(environments) < _LARGE:
-            return judging.judge(policies, environments, self._supernet)
-        return await trio.to_thread.run_sync(judging.judge, policies, environments, self._supernet)
+            return Judgement(), closed
+        while True:
+            judge = partial(judging.judge, policies, environments, self._supernet, closed)
+            try:
+                if len(policies) * len(environments) < _LARGE:
+                    return judge(), closed
+                return await trio.to_thread.run_sync(judge), closed
+            except PoliciesExhausted as error:
+                if error.details["uid"] in blamed:
+                    raise
+                closed |= {error.details["uid"]}
 
     def _take_back(self, policies: Mapping[Key, Policy | None]) -> None:
         try:

@@ -46,7 +46,7 @@ def meet(one: Span, other: Span) -> bool:
     return max(one[0], other[0]) <= min(one[1], other[1])
 
 
-@settings(max_examples=400, deadline=None)
+@settings(max_examples=150, deadline=None)
 @given(worlds.environments, worlds.documents)
 def test_every_packet_goes_as_the_documents_say(
         environments: list[Environment], documents: list[tuple[str, dict[str, object]]]) -> None:
@@ -60,7 +60,7 @@ def test_every_packet_goes_as_the_documents_say(
                     == truth.lets(source, target, protocol, port)), (source, target, protocol, port)
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=100, deadline=None)
 @given(worlds.environments, worlds.documents)
 def test_passages_do_not_overlap_and_hold_nobodys_slot(
         environments: list[Environment], documents: list[tuple[str, dict[str, object]]]) -> None:
@@ -74,7 +74,7 @@ def test_passages_do_not_overlap_and_hold_nobodys_slot(
         assert not any(low <= address <= high for low, high in (passage.sources, passage.targets) for address in free)
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=100, deadline=None)
 @given(worlds.environments, worlds.documents)
 def test_who_does_not_concern_any_policy_changes_nothing_by_coming(
         environments: list[Environment], documents: list[tuple[str, dict[str, object]]]) -> None:
@@ -114,9 +114,17 @@ def test_more_passages_than_a_user_may_have_are_refused(monkeypatch: pytest.Monk
                 judged(environments, documents)
 
 
-def test_closed_lets_nothing_in_and_nothing_out() -> None:
-    environments = [environment(index, "alice", share="lan") for index in range(3)]
-    judgement = judging.closed(environments)
+def test_whose_policies_are_closed_lets_nothing_that_they_limit(monkeypatch: pytest.MonkeyPatch) -> None:
+    environments = [environment(index, ("alice", "bob")[index % 2], share="lan") for index in range(6)]
+    documents = [(user, document("all", {"ingress": [{}], "egress": [{}]})) for user in ("alice", "bob")]
+    judgement = judging.judge(policies(documents), environments, SUPERNET, frozenset({worlds.USERS["alice"]}))
     ends: list[Pod | str] = [*map(pod, environments), "192.0.2.1"]
-    assert not any(passes(judgement, source, target, protocol, 80)
-                   for source, target in product(ends, ends) if source is not target for protocol in PROTOCOLS)
+    for source, target in product(ends, ends):
+        if source is not target:
+            is_alices = isinstance(target, Pod) and target.user == "alice"
+            goes_out = isinstance(source, Pod) and source.user == "alice" and isinstance(target, str)
+            assert passes(judgement, source, target, TCP, 80) is not (is_alices or goes_out)
+    monkeypatch.setattr(judging, "MOST_PASSAGES", 3)
+    with pytest.raises(PoliciesExhausted) as caught:
+        judging.judge(policies([documents[0], *documents, documents[1]]), environments, SUPERNET)
+    assert caught.value.details["uid"] in worlds.USERS.values()
