@@ -181,7 +181,7 @@ class Policing:
 
     async def _compiled(self, policies: Sequence[Policy], environments: Sequence[Environment],
                         blamed: Collection[int | None]) -> tuple[Judgement, frozenset[int]]:
-        """The judgement, and whose policies are closed for it. Raises PoliciesExhausted where those are a blamed user's."""
+        """The judgement, and whose policies are closed for it. Raises PoliciesExhausted for those of a blamed user."""
         closed: frozenset[int] = frozenset()
         if not policies and all(environment.egress == "allow" for environment in environments):
             return Judgement(), closed
