@@ -233,6 +233,7 @@ def test_an_admin_gives_tokens_to_others_but_not_roots(rest: Daemon) -> None:
 
 
 def test_tokens_outlive_the_daemon_and_are_nowhere_in_clear(rest: Daemon) -> None:
+    rest.create_json("web", "sleep", "1000", user=ALICE)  # with none, the daemon's end takes everything else away too
     text = token(rest, "kept", "--expires", "1h")
     gone = token(rest, "gone")
     rest.ctl("token", "revoke", "gone", user=ALICE, check=True)
