@@ -242,7 +242,7 @@ def test_tokens_outlive_the_daemon_and_are_nowhere_in_clear(rest: Daemon) -> Non
     assert ask(rest.host, gone, "GET", "/v1/info")[0] == 401
     secret = text.rpartition("_")[2].encode()
     assert secret not in rest.log().encode()
-    for directory, _, names in os.walk(rest.host.path(rest.base)):
+    for directory, _, names in os.walk(rest.host.path(rest.state_dir)):
         for name in names:
             path = os.path.join(directory, name)
             if os.path.isfile(path):
