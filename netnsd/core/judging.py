@@ -9,7 +9,7 @@ from __future__ import annotations
 import ipaddress
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
-from functools import cache
+from functools import cache, lru_cache
 
 from netnsd.core import egress
 from netnsd.core.environment import Environment
@@ -83,14 +83,17 @@ class _Judge:
         outward, inward = cache(self._outward), cache(self._inward)
         for one in self._classes:
             members = [self._addresses[place] for place in one.members]
+            is_confined = bool(one.outgoing) or one.egress != egress.ALLOW
+            shielded.update(members if one.incoming else ())
+            confined.update(members if is_confined else ())
+            if one.uid in self._closed:
+                continue
             if one.incoming:
-                shielded.update(members)
                 reach = self._from_environments(one)
                 if one.is_shared:
                     reach = tuple(sorted(reach + inward(one.incoming)))
                 targets.setdefault((one.uid, reach), []).extend(one.members)
-            if one.outgoing or one.egress != egress.ALLOW:
-                confined.update(members)
+            if is_confined:
                 sources.setdefault((one.uid, outward(one.outgoing, one.egress)), []).extend(one.members)
         for (uid, reach), places in targets.items():
             for span in self._spans(places):
@@ -141,15 +144,11 @@ class _Judge:
         allowed = common_reach(egress.reach(field_of), self._outside)
         if not policies:
             return allowed
-        return common_reach(allowed, self._outside_of(r for n in policies for r in self._policies[n].egress or ()))
+        let = _outside_of(tuple(self._policies[n] for n in policies), self._outside, inward=False)
+        return common_reach(allowed, let)
 
     def _inward(self, policies: tuple[int, ...]) -> Reach:
-        return self._outside_of(rule for number in policies for rule in self._policies[number].ingress or ())
-
-    def _outside_of(self, rules: Iterable[Rule]) -> Reach:
-        reach = reach_of((span, rule.traffic) for rule in rules
-                         for span in ([egress.ALL_ADDRESSES] if rule.is_for_all else rule.blocks))
-        return common_reach(reach, self._outside)
+        return _outside_of(tuple(self._policies[n] for n in policies), self._outside, inward=True)
 
     def _spans(self, places: list[int]) -> list[Span]:
         """Addresses of environments, as few spans with no other environment's in them."""
@@ -163,8 +162,6 @@ class _Judge:
         return [(self._addresses[first], self._addresses[last]) for first, last in found]
 
     def _pass(self, uid: int, passages: list[Passage]) -> None:
-        if uid in self._closed:
-            return
         self._passages += passages
         self._counts[uid] = self._counts.get(uid, 0) + len(passages)
         if self._counts[uid] > MOST_PASSAGES_EACH or len(self._passages) > MOST_PASSAGES:
@@ -172,6 +169,15 @@ class _Judge:
             raise PoliciesExhausted("the policies come to more passages than the host keeps: at most"
                                     f" {MOST_PASSAGES_EACH} of one user, and {MOST_PASSAGES} of all",
                                     hint="Name fewer ports and blocks, or select fewer environments.", uid=most)
+
+
+@lru_cache(maxsize=4096)  # most of the work, and the same each time while a policy is
+def _outside_of(policies: tuple[Policy, ...], outside: Reach, *, inward: bool) -> Reach:
+    """What these policies together let from outside, or to it."""
+    rules = [rule for policy in policies for rule in (policy.ingress if inward else policy.egress) or ()]
+    reach = reach_of((span, rule.traffic) for rule in rules
+                     for span in ([egress.ALL_ADDRESSES] if rule.is_for_all else rule.blocks))
+    return common_reach(reach, outside)
 
 
 def _let(lets: Iterable[list[tuple[int, Traffic]]], peer: _Class) -> Traffic:

@@ -75,11 +75,11 @@ class Rule:
     is_for_all: bool = False
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, eq=False)
 class Policy:
-    """A document that was checked. ``ingress``, ``egress``: its rules of that kind, None where it has no say.
+    """A document that was checked, equal to itself alone.
 
-    ``document`` is what its owner wrote.
+    ``ingress``, ``egress``: its rules of that kind, None where it has no say. ``document`` is what its owner wrote.
     """
 
     uid: int
