@@ -204,6 +204,18 @@ class TooManyConnections(NetnsdError):
     code, status, exit_code = "too_many_connections", 503, EXIT_UNAVAILABLE
 
 
+class QuotaExceeded(NetnsdError):
+    """The caller's quota has no room for that. Details: of what, the limit, what is used, what was asked for."""
+
+    code, status, exit_code = "quota_exceeded", 403, EXIT_FORBIDDEN
+
+
+class TooManyCreations(NetnsdError):
+    """The caller has created as many environments in a minute as its quota allows. Try again after Retry-After."""
+
+    code, status, exit_code = "too_many_creations", 429, EXIT_UNAVAILABLE
+
+
 class WaitTimeout(NetnsdError):
     """What was waited for did not happen in time. The message says what was seen; nothing was undone."""
 

@@ -20,7 +20,7 @@ import msgspec
 
 from netnsd import wire
 from netnsd.core.addressing import Plan
-from netnsd.core.environment import Command, Environment, PublishedPort, Service, Template, Token
+from netnsd.core.environment import Command, Environment, PublishedPort, Quota, Service, Template, Token
 from netnsd.core.policy import Policy
 from netnsd.errors import AlreadyRunning, StoreError
 
@@ -104,7 +104,8 @@ CREATE TABLE policies (
     PRIMARY KEY (uid, name)
 ) STRICT;
 CREATE TABLE quotas (
-    subject TEXT PRIMARY KEY,
+    uid INTEGER PRIMARY KEY,
+    user TEXT NOT NULL,
     limits TEXT NOT NULL
 ) STRICT;
 """)
@@ -315,6 +316,23 @@ class SqliteStore:
         """See ``core.interfaces.Store``."""
         with _translated():
             self._db.execute("DELETE FROM policies WHERE uid = ? AND name = ?", (uid, name))
+
+    def quotas(self) -> list[Quota]:
+        """See ``core.interfaces.Store``."""
+        with _translated():
+            return [Quota(row["uid"], row["user"], json.loads(row["limits"]))
+                    for row in self._db.execute("SELECT * FROM quotas ORDER BY uid")]
+
+    def set_quota(self, quota: Quota) -> None:
+        """See ``core.interfaces.Store``."""
+        with _translated():
+            self._db.execute("INSERT OR REPLACE INTO quotas (uid, user, limits) VALUES (?, ?, ?)",
+                             (quota.uid, quota.user, json.dumps(quota.said)))
+
+    def delete_quota(self, uid: int) -> None:
+        """See ``core.interfaces.Store``."""
+        with _translated():
+            self._db.execute("DELETE FROM quotas WHERE uid = ?", (uid,))
 
     def ids(self) -> frozenset[str]:
         """See ``core.interfaces.Store``."""

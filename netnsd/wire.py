@@ -52,9 +52,16 @@ class HealthCheck(Request, frozen=True, kw_only=True, forbid_unknown_fields=True
 
 
 class Resources(Request, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """What all of an environment's processes may take together; None: no limit of its own."""
+    """What all of an environment's processes may take together; None: no limit of its own.
 
+    ``memory`` in bytes, with no swap beyond it; ``cpu`` in processors; ``pids``: processes and threads at once;
+    ``bandwidth`` of its link, in bits per second each way.
+    """
+
+    memory: int | None = None
+    cpu: float | None = None
     pids: int | None = None
+    bandwidth: int | None = None
 
 
 class ServiceRequest(Request, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -134,6 +141,16 @@ class PolicyRequest(Request, frozen=True, kw_only=True, forbid_unknown_fields=Tr
     """``POST /v1/policies``: NetworkPolicy documents of networking.k8s.io/v1, and lists of them. All apply, or none."""
 
     policies: list[dict[str, Any]]
+
+
+class QuotaRequest(Request, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """``PUT /v1/quotas/{user}``: as in QuotaLimits; what is absent is as it is for all users."""
+
+    environments: int | msgspec.UnsetType | None = msgspec.UNSET
+    ports: int | msgspec.UnsetType | None = msgspec.UNSET
+    memory: int | msgspec.UnsetType | None = msgspec.UNSET
+    cpu: float | msgspec.UnsetType | None = msgspec.UNSET
+    creations_per_minute: int | msgspec.UnsetType | None = msgspec.UNSET
 
 
 class PoolRequest(Request, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -232,7 +249,10 @@ class Service(Answer, frozen=True, kw_only=True):
 
 
 class Environment(Answer, frozen=True, kw_only=True):
-    """An environment as ``show -o json`` prints it."""
+    """An environment as ``show -o json`` prints it.
+
+    ``oom_kills``: how many of its processes the kernel ended, as ``resources.memory`` was all that they could have.
+    """
 
     id: str
     name: str
@@ -246,6 +266,7 @@ class Environment(Answer, frozen=True, kw_only=True):
     share: str
     egress: str
     resources: Resources
+    oom_kills: int
     created_at: str
 
 
@@ -367,6 +388,44 @@ class TokenList(Answer, frozen=True, kw_only=True):
     """``GET /v1/tokens``."""
 
     tokens: list[Token]
+
+
+class QuotaLimits(Answer, frozen=True, kw_only=True):
+    """What one user may have in all, None for unlimited.
+
+    ``environments``, those included that are kept warm, and their published ``ports``. ``memory`` (bytes) and ``cpu``
+    (processors): what the limits of all of them come to; each must have one then.
+    """
+
+    environments: int | None = None
+    ports: int | None = None
+    memory: int | None = None
+    cpu: float | None = None
+    creations_per_minute: int | None = None
+
+
+class QuotaUsage(Answer, frozen=True, kw_only=True):
+    """What one user has, as in QuotaLimits."""
+
+    environments: int
+    ports: int
+    memory: int
+    cpu: float
+
+
+class Quota(Answer, frozen=True, kw_only=True):
+    """A user's quota. ``own``: the limits that an admin has set for that user; the others are as for all users."""
+
+    owner: Owner
+    limits: QuotaLimits
+    used: QuotaUsage
+    own: list[str]
+
+
+class QuotaList(Answer, frozen=True, kw_only=True):
+    """``GET /v1/quotas``."""
+
+    quotas: list[Quota]
 
 
 class Health(Answer, frozen=True, kw_only=True):

@@ -90,8 +90,8 @@ class _Endpoint:
         query: dict[str, list[str]] = {}
         for name, value in request.query_params.multi_items():
             query.setdefault(name, []).append(value)
-        call = Call(self._context, request.state.actor, request.state.grant, request.path_params.get("ref", ""), query,
-                    body)
+        call = Call(self._context, request.state.actor, request.state.grant,
+                    next(iter(request.path_params.values()), ""), query, body)
         began = time.perf_counter()
         answer = await (self._while_there(request, call) if self._route.waits else self._route.handler(call))
         if self._route.answer is None:

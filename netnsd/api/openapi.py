@@ -13,6 +13,7 @@ from netnsd import __version__, wire
 from netnsd.api.routes import ROUTES, Route
 
 _REFS = "#/components/schemas/{name}"
+_IN_PATHS = {"ref": "a name, NAME.USER, or an id", "user": "a user's name or number"}
 
 
 def document() -> dict[str, Any]:
@@ -57,8 +58,8 @@ def _operation(route: Route, by_type: dict[Any, Any]) -> dict[str, Any]:
         "summary": route.summary,
         "description": f"Permission: {route.permission.value}. Scope of a token: {route.scope}.",
         "parameters": [
-            *({"name": "ref", "in": "path", "required": True, "schema": {"type": "string"},
-               "description": "a name, NAME.USER, or an id"} for _ in range("{ref}" in route.path)),
+            *({"name": name, "in": "path", "required": True, "schema": {"type": "string"}, "description": meaning}
+              for name, meaning in _IN_PATHS.items() if f"{{{name}}}" in route.path),
             *({"name": name, "in": "query", "required": False, "schema": {"type": "string"}, "description": meaning}
               for name, meaning in route.query.items()),
         ],

@@ -19,6 +19,7 @@ _SO_PEERGROUPS = 59  # asm-generic/socket.h
 _SO_PASSRIGHTS = 83
 _UCRED = struct.Struct("=iII")
 _MOST_GROUPS = 65536
+_MOST_DIGITS = 9
 _KNOWN_SECONDS = 30.0
 _MOST_KNOWN = 4096
 # A name service that hangs holds up those who ask with a token, and nobody else's threads.
@@ -79,11 +80,17 @@ def _members(kind: str, name: str) -> tuple[int, ...] | None:
                         | {uid for member in listed if (uid := _uid_of(member)) is not None}))
 
 
+async def named(user: str) -> Actor | None:
+    """A user by its name or number, as ``account`` has it; None where there is no such account."""
+    key = int(user) if user.isascii() and user.isdigit() and len(user) <= _MOST_DIGITS else user
+    return await trio.to_thread.run_sync(_login, key, limiter=_LOGINS)
+
+
 def _uid_of(user: str) -> int | None:
     """Of a user that a name service may know, and not list."""
     try:
         return pwd.getpwnam(user).pw_uid
-    except KeyError:
+    except (KeyError, ValueError):  # a NUL in it
         return None
 
 

@@ -11,6 +11,7 @@ from typing import Any
 import msgspec
 
 from netnsd import wire
+from netnsd.api import peer
 from netnsd.core import views
 from netnsd.core.actor import Actor
 from netnsd.core.environment import ALIVE, Environment
@@ -23,7 +24,7 @@ from netnsd.core.specification import check_labels
 from netnsd.core.templates import Templates
 from netnsd.core.tokens import Grant, Tokens
 from netnsd.core.waiting import Aim
-from netnsd.errors import InvalidRequest, NetnsdError, NotFound
+from netnsd.errors import Forbidden, InvalidRequest, NetnsdError, NotFound
 
 _MOST_WAIT_SECONDS = 24 * 3600.0
 _AIMS: dict[str, Aim] = {"ready": "ready", "exit": "exit", "gone": "gone"}
@@ -39,7 +40,10 @@ class Permission(enum.Enum):
 
 @dataclass(frozen=True, slots=True)
 class Context:
-    """What handlers work with. ``follow_log(path, tail, follow)`` and ``follow_events`` stream."""
+    """What handlers work with. ``follow_log(path, tail, follow)`` and ``follow_events`` stream.
+
+    ``named`` finds a user by name or number.
+    """
 
     environments: Environments
     templates: Templates
@@ -52,6 +56,7 @@ class Context:
     tokens: Tokens
     projects: Projects
     policies: Policies
+    named: Callable[[str], Awaitable[Actor | None]] = peer.named
 
 
 @dataclass(frozen=True, slots=True)
@@ -323,6 +328,46 @@ async def _metrics(call: Call) -> AsyncIterator[bytes]:
     return text()
 
 
+async def _quotas(call: Call) -> wire.QuotaList:
+    registry, actor = call.context.environments.registry, call.actor
+    users = {actor.uid: actor.user}
+    if actor.is_admin:
+        users = {**registry.quotas.known(), **{e.uid: e.user for e in registry.all()}, **users}
+    return wire.QuotaList(quotas=[registry.quotas.shown(uid, users[uid]) for uid in sorted(users)])
+
+
+async def _quota(call: Call) -> wire.Quota:
+    return call.context.environments.registry.quotas.shown(*await _user(call))
+
+
+async def _put_quota(call: Call) -> wire.Quota:
+    uid, user = await _user(call)
+    call.context.environments.registry.quotas.put(uid, user, call.body)
+    return call.context.environments.registry.quotas.shown(uid, user)
+
+
+async def _reset_quota(call: Call) -> wire.Quota:
+    uid, user = await _user(call)
+    call.context.environments.registry.quotas.reset(uid)
+    return call.context.environments.registry.quotas.shown(uid, user)
+
+
+async def _user(call: Call) -> tuple[int, str]:
+    """Whom the path names: number and name. Raises Forbidden, NotFound."""
+    if call.ref in (call.actor.user, str(call.actor.uid)):
+        return call.actor.uid, call.actor.user
+    if not call.actor.is_admin:  # not even whether there is such a user
+        raise Forbidden("others' quotas are not yours to see", hint="Ask root, or a member of the admins' group.")
+    found = await call.context.named(call.ref)
+    if found is not None:
+        return found.uid, found.user
+    # Somebody who has none any more may have a quota still.
+    for uid, user in call.context.environments.registry.quotas.known().items():
+        if call.ref in (user, str(uid)):
+            return uid, user
+    raise NotFound(f"there is no user {call.ref[:80]!r}", hint="Give a name or a number.", ref=call.ref[:80])
+
+
 async def _health(_call: Call) -> wire.Health:
     return wire.Health(status="ok")
 
@@ -421,6 +466,14 @@ ROUTES: tuple[Route, ...] = (
           scope="read"),
     Route("PATCH", "/v1/pools/slots", Permission.ADMIN, _resize_pool, "Keep more slots ready, fewer, or none",
           wire.Pool, body=wire.PoolRequest, scope="admin"),
+    Route("GET", "/v1/quotas", Permission.OWNER, _quotas, "One's own quota; for admins, everyone's who has anything",
+          wire.QuotaList, scope="read"),
+    Route("GET", "/v1/quotas/{user}", Permission.OWNER, _quota, "A user's quota, and what that user has", wire.Quota,
+          scope="read"),
+    Route("PUT", "/v1/quotas/{user}", Permission.ADMIN, _put_quota, "Give a user a quota of its own", wire.Quota,
+          body=wire.QuotaRequest, scope="admin"),
+    Route("DELETE", "/v1/quotas/{user}", Permission.ADMIN, _reset_quota, "Let a user have what all have", wire.Quota,
+          scope="admin"),
     Route("GET", "/v1/events", Permission.OWNER, _events, "What happens, one JSON object per line, for ever", None,
           content_type="application/x-ndjson", query={"after": "only events with a greater seq"}, scope="read"),
     Route("GET", "/metrics", Permission.ANYONE, _metrics, "Metrics, as Prometheus reads them", None,

@@ -36,6 +36,7 @@ _VERBS = {
     "policy": "policies",
     "pool": "pools",
     "token": "tokens",
+    "quota": "quotas",
     "info": "host",
     "doctor": "doctor",
     "prune": "doctor",

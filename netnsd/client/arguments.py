@@ -21,9 +21,11 @@ from netnsd.errors import (
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable
-    from typing import Any
+    from typing import Any, TypeVar
 
     import click
+
+    _N = TypeVar("_N", int, float)
 
 _LABEL_KEY = frozenset("ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789._-/")
 
@@ -44,6 +46,55 @@ def seconds(value: str | float) -> float:
         import click
 
         raise click.BadParameter(f"{value!r} is not a number of seconds.")
+    return number
+
+
+# Bytes by 1024, as memory is; bits per second by 1000, as links are.
+_SIZES = {"": 1, "K": 1 << 10, "M": 1 << 20, "G": 1 << 30, "T": 1 << 40}
+_RATES = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9}
+
+
+def parse_size(value: str | int) -> int | None:
+    """Bytes: 1048576, 512M, 1.5G; None where it is none."""
+    return value if isinstance(value, int) else _number(value, _SIZES)
+
+
+def parse_rate(value: str | int) -> int | None:
+    """Bits per second: 100M; None where it is none."""
+    return value if isinstance(value, int) else _number(value, _RATES)
+
+
+def parse_processors(value: str | float) -> float | None:
+    """How many, more than none: 0.5; None where it is none."""
+    return number if (number := parse_seconds(value)) else None
+
+
+def _number(value: str, units: dict[str, int]) -> int | None:
+    unit = value[-1:].upper() if value[-1:].isalpha() else ""
+    number = parse_seconds(value.removesuffix(value[-1:])) if unit else parse_seconds(value)
+    return None if not number or unit not in units else round(number * units[unit])
+
+
+def size(value: str | int) -> int:
+    """As ``parse_size``, for click. Raises its usage error."""
+    return _checked(parse_size(value), value, "a number of bytes, such as 512M")
+
+
+def rate(value: str | int) -> int:
+    """As ``parse_rate``, for click. Raises its usage error."""
+    return _checked(parse_rate(value), value, "a number of bits per second, such as 100M")
+
+
+def processors(value: str | float) -> float:
+    """As ``parse_processors``, for click. Raises its usage error."""
+    return _checked(parse_processors(value), value, "a number of processors, such as 1.5")
+
+
+def _checked(number: _N | None, value: object, what: str) -> _N:
+    if number is None:
+        import click
+
+        raise click.BadParameter(f"{value!r} is not {what}.")
     return number
 
 

@@ -8,7 +8,7 @@ from typing import Any
 import click
 
 from netnsd.client.app import CommandVerb
-from netnsd.client.arguments import RESTART_POLICIES, complete_templates, seconds
+from netnsd.client.arguments import RESTART_POLICIES, complete_templates, processors, rate, seconds, size
 from netnsd.client.creation import WAIT_SECONDS, create, misuse
 from netnsd.client.session import session_of
 
@@ -35,8 +35,14 @@ def specification_options(verb: Callable[..., Any]) -> Callable[..., Any]:
                      help="So many failures in a row make it unhealthy (default: 3)."),
         click.option("--health-start-period", type=seconds, metavar="SECONDS",
                      help="In which failures do not count (default: 30)."),
+        click.option("--memory", type=size, metavar="SIZE",
+                     help="At most so much memory, such as 512M: who needs more is ended."),
+        click.option("--cpus", "cpu", type=processors, metavar="N",
+                     help="At most the time of so many processors, such as 1.5."),
         click.option("--pids", type=click.IntRange(min=1), metavar="N",
                      help="At most so many processes and threads at once."),
+        click.option("--bandwidth", type=rate, metavar="RATE",
+                     help="At most so many bits per second each way, such as 100M."),
         click.option("--share", metavar="WHO",
                      help="Who else reaches its ports: host, lan, or user:NAME,group:NAME (default: nobody)."),
     )):

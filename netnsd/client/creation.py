@@ -25,6 +25,8 @@ if TYPE_CHECKING:
     from typing import Any
 
 WAIT_SECONDS = 60.0
+# Options, and what the API calls them.
+LIMITS = (("--memory", "memory"), ("--cpus", "cpu"), ("--pids", "pids"), ("--bandwidth", "bandwidth"))
 _OF_SERVERS = (("--restart", "restart"), ("--health", "health"), ("--health-interval", "health_interval"),
                ("--health-timeout", "health_timeout"), ("--health-retries", "health_retries"),
                ("--health-start-period", "health_start_period"))
@@ -37,8 +39,8 @@ def misuse(command: list[str], options: dict[str, Any]) -> str:
     if options["template"] is not None:
         given = [name for name, key in (("--port", "ports"), ("--env", "env"), ("--clean-env", "clean_env"),
                                         ("--setuid", "setuid")) if options[key]]
-        given += [name for name, key in (("--cwd", "cwd"), ("--pids", "pids"), ("--share", "share"),
-                                         ("--egress", "egress"), *_OF_SERVERS)
+        given += [name for name, key in (("--cwd", "cwd"), *LIMITS, ("--share", "share"), ("--egress", "egress"),
+                                         *_OF_SERVERS)
                   if options[key] is not None]
         given += ["a command"] if command else []
         if given:
@@ -80,15 +82,17 @@ def create(session: Session, command: list[str], *, name: str, waits: bool, time
 
 def specification(session: Session, command: list[str], *, ports: tuple[str, ...], env: tuple[str, ...],
                   clean_env: bool, cwd: str | None, labels: tuple[str, ...], setuid: bool, egress: str | None,
-                  pids: int | None, restart: str | None, health: str | None, health_interval: float | None,
-                  health_timeout: float | None, health_retries: int | None,
+                  memory: int | None, cpu: float | None, pids: int | None, bandwidth: int | None,
+                  restart: str | None, health: str | None,
+                  health_interval: float | None, health_timeout: float | None, health_retries: int | None,
                   health_start_period: float | None, share: str | None) -> dict[str, Any]:
     """What an environment is to be, as the API takes it. A command finds its caller's circumstances."""
     wanted: dict[str, Any] = {"ports": parse_ports(ports), "labels": parse_labels(labels), "setuid": setuid}
+    resources = {"memory": memory, "cpu": cpu, "pids": pids, "bandwidth": bandwidth}
+    if limits := {name: limit for name, limit in resources.items() if limit is not None}:
+        wanted["resources"] = limits
     if egress is not None:
         wanted["egress"] = check_egress(egress)
-    if pids is not None:
-        wanted["resources"] = {"pids": pids}
     if share is not None:
         wanted["share"] = share
     if restart is not None:

@@ -63,7 +63,9 @@ def _details(environment: dict[str, Any]) -> str:
         ("Address", printable(environment["address"])),
         ("Ports", "\n".join(printable(a) for a in render.addresses(environment)) or "-"),
         ("Services", "\n".join(lines) or "-"),
-        *([("Limits", printable(f"pids {resources['pids']}"))] if resources.get("pids") else []),
+        *([("Limits", printable(limits))] if (limits := render.limits(resources)) else []),
+        *([("Killed", printable(f"{killed} for lack of memory"))] if (killed := environment.get("oom_kills"))
+          else []),
         ("Labels", "\n".join(printable(f"{k}={v}") for k, v in environment["labels"].items()) or "-"),
         ("Owner", printable(f"{render.user_name(environment)} ({owner.get('uid', '?')})")),
         ("Share", printable(str(environment.get("share", "-")))),

@@ -30,6 +30,7 @@ _CREATE: dict[str, tuple[str, str | None]] = {
     "--wait": ("waits", None), "--replace": ("replace", None), "--setuid": ("setuid", None),
     "--restart": ("restart", "once"), "--health": ("health", "once"), "--pids": ("pids", "once"),
     "--share": ("share", "once"), "--egress": ("egress", "once"),
+    "--memory": ("memory", "once"), "--cpus": ("cpu", "once"), "--bandwidth": ("bandwidth", "once"),
     "--health-interval": ("health_interval", "once"), "--health-timeout": ("health_timeout", "once"),
     "--health-retries": ("health_retries", "once"), "--health-start-period": ("health_start_period", "once"),
 }
@@ -120,7 +121,7 @@ def _converted(options: dict[str, Any], command: list[str]) -> bool:
     """Make numbers of what is to be numbers. False where click would call something wrong."""
     if "count" not in options:
         return True
-    from netnsd.client.arguments import RESTART_POLICIES, parse_seconds
+    from netnsd.client.arguments import RESTART_POLICIES, parse_processors, parse_rate, parse_seconds, parse_size
     from netnsd.client.creation import misuse
 
     for name in _COUNTS:
@@ -129,9 +130,11 @@ def _converted(options: dict[str, Any], command: list[str]) -> bool:
             if not (count.isascii() and count.isdigit() and len(count) < 10 and int(count)):
                 return False
             options[name] = int(count)
-    for name in _SECONDS:
-        if options[name] is not None:
-            options[name] = parse_seconds(options[name])
-            if options[name] is None:
-                return False
+    for names, parse_one in ((_SECONDS, parse_seconds), (("memory",), parse_size), (("cpu",), parse_processors),
+                             (("bandwidth",), parse_rate)):
+        for name in names:
+            if options[name] is not None:
+                options[name] = parse_one(options[name])
+                if options[name] is None:
+                    return False
     return options["restart"] in (None, *RESTART_POLICIES) and not misuse(command, options)

@@ -142,6 +142,22 @@ def services(environment: dict[str, Any]) -> str:
     return ", ".join(f"{s['name']}: {service_state(s)}" for s in environment["services"])
 
 
+def size(count: float, step: int = 1024) -> str:
+    """Bytes, or with a step of 1000 bits per second, as they are typed: 512M."""
+    for unit in "TGMK":
+        scale = step ** ("KMGT".index(unit) + 1)
+        if count >= scale and count % (scale / 4) == 0:
+            return f"{count / scale:g}{unit}"
+    return f"{count:.15g}"
+
+
+def limits(resources: dict[str, Any]) -> str:
+    """``memory 512M, cpu 1.5, pids 60``."""
+    shown = {"memory": size, "bandwidth": lambda rate: size(rate, 1000)}
+    return ", ".join(f"{name} {shown.get(name, str)(limit)}" for name, limit in resources.items()
+                     if isinstance(limit, int | float))
+
+
 def addresses(environment: dict[str, Any]) -> list[str]:
     """Where each port is reached from the host. By ``localhost``: many dev servers refuse other host names."""
     found = []

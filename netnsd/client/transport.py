@@ -14,7 +14,15 @@ import struct
 import time
 
 import netnsd
-from netnsd.errors import BadAnswer, DaemonUnreachable, NetnsdError, NotFound, Overloaded, SocketForbidden
+from netnsd.errors import (
+    BadAnswer,
+    DaemonUnreachable,
+    NetnsdError,
+    NotFound,
+    Overloaded,
+    SocketForbidden,
+    TooManyCreations,
+)
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -67,6 +75,11 @@ def token_path(ref: str) -> str:
 def policy_path(ref: str) -> str:
     """The path of a policy's route. Raises NotFound for what can be no name or NAME.USER."""
     return f"/v1/policies/{quote(check_ref(ref, 'policy'))}"
+
+
+def quota_path(user: str) -> str:
+    """The path of a user's quota's route. Raises NotFound for what can be no name or number."""
+    return f"/v1/quotas/{quote(check_ref(user, 'user'))}"
 
 
 def connect(path: str) -> socket.socket:
@@ -141,13 +154,13 @@ class Client:
         return self.begin(method, path, body, seconds).value()
 
     def request_patiently(self, method: str, path: str, body: object, patience: float = PATIENCE_SECONDS) -> Any:
-        """As ``request``; while the daemon is overloaded, ask again when it says, for ``patience`` seconds in all."""
+        """As ``request``; where the daemon says when to ask again, do so, for ``patience`` seconds in all."""
         give_up = time.monotonic() + patience
         while True:
             exchange = self.begin(method, path, body)
             try:
                 return exchange.value()
-            except Overloaded:
+            except (Overloaded, TooManyCreations):
                 pause = exchange.retry_after
                 if pause is None or time.monotonic() + pause > give_up:
                     raise

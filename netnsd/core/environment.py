@@ -73,7 +73,7 @@ class Environment:
 
     ``stock``: the id of the template that it is kept for, started before anybody asked; "" when it has been asked for.
     ``share`` and ``egress`` are as in ``wire.Specification``; ``guests`` are the ids of whom ``share`` names, and not
-    stored.
+    stored. ``oom_kills`` as far as they were noticed; the kernel keeps that.
     """
 
     id: str
@@ -93,6 +93,7 @@ class Environment:
     guests: tuple[int, ...] = ()
     state: StoredState = "creating"
     services: dict[str, Service] = field(default_factory=dict)
+    oom_kills: int = 0
 
     @property
     def netns_path(self) -> str:
@@ -106,6 +107,18 @@ class Environment:
             return self.state
         running = not self.services or any(s.state in ALIVE for s in self.services.values())
         return "running" if running else "stopped"
+
+
+@dataclass(frozen=True, slots=True)
+class Quota:
+    """What an admin has said that a user may have.
+
+    ``said``: by the names of ``wire.QuotaLimits``, None for unlimited; what is absent is as it is for all users.
+    """
+
+    uid: int
+    user: str
+    said: dict[str, float | None]
 
 
 @dataclass(frozen=True, slots=True)

@@ -104,12 +104,16 @@ class Environments:
         create: Callable[[wire.CreateRequest, Actor], Awaitable[Environment]],
     ) -> list[Environment]:
         """Make ``count`` environments by ``create``, or none where one cannot be made. Others take turns with these."""
-        numbers = iter(specification.check_count(request.count))
+        numbers = specification.check_count(request.count)
+        if request.template is None and not request.replace:  # nothing is made in vain
+            resources = specification.check_resources(request.resources, self.settings.resources)
+            self.registry.quotas.require(actor.uid, resources, len(request.ports), len(numbers))
+        numbers_left = iter(numbers)
         made: list[Environment] = []
         failures: list[NetnsdError] = []
 
         async def work(scope: trio.CancelScope) -> None:
-            for number in numbers:
+            for number in numbers_left:
                 name = None if request.name is None else f"{request.name}-{number}"
                 one = msgspec.structs.replace(request, name=name, count=None)
                 try:
@@ -137,6 +141,9 @@ class Environments:
 
     async def _create(self, request: wire.CreateRequest, actor: Actor, wired: Callable[[], None]) -> Environment:
         blueprint = await self._blueprint(request, actor)
+        existing = self.registry.own(actor, blueprint.name) if request.replace else None
+        if existing is not None:  # it stays where nothing could come in its place
+            self.registry.quotas.require(actor.uid, blueprint.resources, len(blueprint.ports), instead_of=existing)
         await self.make_way(request, actor)
         slot = self.pool.take()
         if slot is not None:
@@ -234,8 +241,9 @@ class Environments:
                     await self.policing.admit(environment)
             finally:
                 await made
-            if environment.services:
+            if environment.services or environment.resources.bandwidth is not None:
                 await self._settling.furnish(environment)
+            if environment.services:
                 wired()  # a server may take as long to start as its user likes: others do not wait for that
                 for service in list(environment.services.values()):
                     await self._supervisor.start(environment, service)
@@ -264,7 +272,7 @@ class Environments:
             await self._a.network.claim(environment.slot, environment.netns)
         except KernelError as error:
             raise SlotSpoilt(error.message) from error
-        if not environment.ports:
+        if not environment.ports and environment.resources.bandwidth is None:
             self._particulars.furnished.add(environment.id)
         if FIRST_SERVICE not in environment.services:
             self._particulars.attended.add(environment.id)

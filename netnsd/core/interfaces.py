@@ -11,7 +11,7 @@ import trio
 
 from netnsd import wire
 from netnsd.core.addressing import Bridge, Slot
-from netnsd.core.environment import Environment, Service, Template, Token
+from netnsd.core.environment import Environment, Quota, Service, Template, Token
 from netnsd.core.judgement import Judgement
 from netnsd.core.policy import Policy
 
@@ -114,6 +114,17 @@ class Cgroups(Protocol):
 
         May be done again. Raises LimitUnavailable, KernelError.
         """
+        ...
+
+    def oom_kills(self, path: str) -> int:
+        """How many processes of a group directly below the root, whose memory is limited, were ended for lack of it.
+
+        0 where there is no such group. Raises KernelError.
+        """
+        ...
+
+    async def more_oom_kills(self, path: str, seen: int) -> int:
+        """Return once it is more than ``seen``, with how many. Raises KernelError where that cannot be noticed."""
         ...
 
     def pids(self, path: str) -> list[int]:
@@ -245,10 +256,11 @@ class Network(Protocol):
         """Take every name back from these slots' namespaces but the one beside each. Raises KernelError."""
         ...
 
-    async def furnish(self, slot: Slot, publications: Sequence[Publication]) -> None:
+    async def furnish(self, slot: Slot, publications: Sequence[Publication], bandwidth: int | None = None) -> None:
         """What servers need and creating does not: sysctls, and reaching what listens on loopback only.
 
-        May be done again, also with more publications.
+        ``bandwidth``: of its link, bits per second each way; None: no limit. May be done again, also with more
+        publications, and with a bandwidth. Raises KernelError, and LimitUnavailable where the kernel cannot limit that.
         """
         ...
 
@@ -414,6 +426,18 @@ class Store(Protocol):
 
     def delete_policy(self, uid: int, name: str) -> None:
         """Forget a policy."""
+        ...
+
+    def quotas(self) -> list[Quota]:
+        """All of them."""
+        ...
+
+    def set_quota(self, quota: Quota) -> None:
+        """Write a user's quota, in place of the one before."""
+        ...
+
+    def delete_quota(self, uid: int) -> None:
+        """Forget a user's quota; none is fine."""
         ...
 
     def ids(self) -> frozenset[str]:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 from netnsd.core.environment import Command, Environment
 from netnsd.core.interfaces import Adapters, Launch
 
@@ -11,11 +13,14 @@ class Launching:
 
     Args:
         hard_limits: what no command's limits may exceed.
+        limited: is told of each environment whose limits hold now.
     """
 
-    def __init__(self, adapters: Adapters, hard_limits: dict[str, int]) -> None:
+    def __init__(self, adapters: Adapters, hard_limits: dict[str, int],
+                 limited: Callable[[Environment], None]) -> None:
         self._a = adapters
         self._hard_limits = hard_limits
+        self._limited = limited
 
     def launch_of(self, environment: Environment, command: Command, group: str, launch_id: str,
                   log_fd: int | None = None) -> Launch:
@@ -25,6 +30,7 @@ class Launching:
         """
         hosts, resolv = self._a.files.furnish(environment)
         joins = self._a.cgroups.limit(environment.slot.cgroup, environment.resources)
+        self._limited(environment)
         return Launch(
             launch_id=launch_id, netns=environment.netns_path, cgroup=group, hostname=environment.name,
             argv=command.argv, env={**conveniences(environment), **command.env, **facts(environment)},

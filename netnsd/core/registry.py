@@ -19,6 +19,7 @@ from netnsd.core.allocation import PortAllocator, SlotAllocator
 from netnsd.core.environment import Environment, PublishedPort, Service
 from netnsd.core.interfaces import Clock, Store
 from netnsd.core.pool import PoolSettings
+from netnsd.core.quotas import Quotas
 from netnsd.errors import NameTaken, NetnsTaken, NotFound
 
 if TYPE_CHECKING:
@@ -32,7 +33,8 @@ class Settings:
     """What the configuration decides for core.
 
     ``published_range`` is inclusive. ``hard_limits``: what no command's limits may exceed, by lower-case name.
-    ``creations_waiting``: of one user.
+    ``creations_waiting``: of one user. ``quota``: what a user may have of whom no admin has said anything.
+    ``resources``: what an environment may take that says nothing.
     """
 
     published_range: tuple[int, int]
@@ -41,6 +43,8 @@ class Settings:
     hard_limits: dict[str, int] = field(default_factory=dict)
     creations_waiting: int = 64
     pool: PoolSettings = field(default_factory=PoolSettings)
+    quota: wire.QuotaLimits = field(default_factory=wire.QuotaLimits)
+    resources: wire.Resources = field(default_factory=wire.Resources)
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,7 +79,7 @@ class Blueprint:
         ports = specification.check_ports(request.ports, settings.published_range)
         return cls(name, specification.check_labels(request.labels), specification.check_share(request.share),
                    specification.check_egress(request.egress), ports, services,
-                   specification.check_resources(request.resources))
+                   specification.check_resources(request.resources, settings.resources))
 
 
 class Registry:
@@ -99,6 +103,7 @@ class Registry:
         self._stock_names: set[tuple[int, str]] = set()
         self._netns: set[str] = set()
         self._slots = slots
+        self.quotas = Quotas(settings.quota, store)
         self._ports = PortAllocator(*settings.published_range, is_listening)
 
     def __contains__(self, environment: Environment) -> bool:
@@ -147,7 +152,11 @@ class Registry:
                 and all(e.labels.get(key) == value for key, value in labels.items())]
 
     def reserve(self, blueprint: Blueprint, actor: Actor, slot: Slot) -> Environment:
-        """Take a name and ports, and write the intent for ``slot``, which is the caller's. All or nothing."""
+        """Take a name and ports, and write the intent for ``slot``, which is the caller's. All or nothing.
+
+        Raises QuotaExceeded, TooManyCreations, NameTaken, NetnsTaken, PortTaken, PortsExhausted, StoreError.
+        """
+        self.quotas.require(actor.uid, blueprint.resources, len(blueprint.ports))
         netns = self.free_netns(blueprint.name, actor.uid, actor.user)
         environment_id = str(uuid.uuid4())
         ports: dict[int, PublishedPort] = {}  # by their place in the request
@@ -169,6 +178,7 @@ class Registry:
                 self._ports.release(port.protocol, port.published)
             raise
         self._know(environment)
+        self.quotas.take(environment)
         return environment
 
     def change(self, environment: Environment, *, labels: dict[str, str], share: str, egress: str,
@@ -182,6 +192,7 @@ class Registry:
     def remember(self, environment: Environment) -> None:
         """Know an environment of an earlier run, and what it holds."""
         self._know(environment)
+        self.quotas.remember(environment)
         self._slots.claim(environment.slot.index)
         for port in environment.ports:
             self._ports.restore(port.protocol, port.published, environment.id)
@@ -194,6 +205,7 @@ class Registry:
         for environment in environments:
             if self._by_id.pop(environment.id, None) is None:
                 continue
+            self.quotas.give_back(environment)
             if self._by_name.get((environment.uid, environment.name)) is environment:
                 del self._by_name[environment.uid, environment.name]
             if environment.stock:

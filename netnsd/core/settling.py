@@ -51,9 +51,10 @@ class Settling:
                 await self._dismiss(environment)
 
     async def furnish(self, environment: Environment) -> None:
-        """Have what servers need, if it is not there yet. Raises KernelError."""
+        """Have what servers need, if it is not there yet. Raises KernelError, LimitUnavailable."""
         if environment.id not in self._particulars.furnished:
-            await self._a.network.furnish(environment.slot, opening(environment).publications)
+            await self._a.network.furnish(environment.slot, opening(environment).publications,
+                                          environment.resources.bandwidth)
             self._particulars.furnished.add(environment.id)
 
     def write_ready(self, environments: list[Environment]) -> None:

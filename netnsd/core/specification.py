@@ -30,7 +30,12 @@ MAX_LABELS = 64
 MAX_COUNT = 500
 MAX_SHARES = 64
 MAX_GUESTS = 4096
-MOST_PIDS = 4194304  # PID_MAX_LIMIT, linux/threads.h
+# The least, the most, and what is counted. A process that is started needs some memory itself. The kernel divides time
+# by the millisecond in 100 (Documentation/scheduler/sched-bwc.rst), and its filters count bytes in 32 bits. There are
+# PID_MAX_LIMIT processes at most (linux/threads.h).
+RESOURCES = {"memory": (4 << 20, 1 << 50, "bytes"), "cpu": (0.01, 8192, "processors"),
+             "pids": (1, 4194304, "processes and their threads"),
+             "bandwidth": (64_000, 32_000_000_000, "bits per second")}
 
 _NAME = re.compile(r"[a-z0-9]([a-z0-9-]{0,61}[a-z0-9])?\Z")
 LABEL_KEY = re.compile(r"[A-Za-z0-9]([A-Za-z0-9._/-]{0,126}[A-Za-z0-9])?\Z")
@@ -194,14 +199,17 @@ def check_egress(egress: str) -> str:
     return egress
 
 
-def check_resources(resources: wire.Resources | None) -> wire.Resources:
-    """Return the limits when the kernel can take them. Raises InvalidRequest."""
+def check_resources(resources: wire.Resources | None, defaults: wire.Resources) -> wire.Resources:
+    """Return the limits when the kernel can take them; what is not said is the default. Raises InvalidRequest."""
     if resources is None:
-        return wire.Resources()
-    if resources.pids is not None and not 1 <= resources.pids <= MOST_PIDS:
-        raise InvalidRequest(f"resources.pids {resources.pids} is not from 1 to {MOST_PIDS}",
-                             hint="It counts processes and their threads.")
-    return resources
+        return defaults
+    for name, (least, most, unit) in RESOURCES.items():
+        value = getattr(resources, name)
+        if value is not None and not least <= value <= most:
+            raise InvalidRequest(f"resources.{name} {value:g} is not from {least:g} to {most:g}",
+                                 hint=f"It is a number of {unit}.")
+    return wire.Resources(**{name: getattr(defaults, name) if (value := getattr(resources, name)) is None else value
+                             for name in RESOURCES})
 
 
 def command(*, argv: list[str], env: Mapping[str, str], cwd: str | None, umask: int, limits: Mapping[str, int],

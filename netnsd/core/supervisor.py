@@ -23,6 +23,7 @@ from netnsd.core.health import Health
 from netnsd.core.interfaces import Exited
 from netnsd.core.launching import Launching
 from netnsd.core.restarts import CALM_SECONDS, Restarts, after_its_end, pause
+from netnsd.core.shortage import Shortage
 from netnsd.errors import NetnsdError, StoreError
 
 if TYPE_CHECKING:
@@ -31,6 +32,7 @@ if TYPE_CHECKING:
 
 _REPORT_SECONDS = 1.0
 _WATCH_AGAIN_SECONDS = 1.0
+_KILLED = 128 + signal.SIGKILL
 
 
 class Supervisor:
@@ -46,7 +48,8 @@ class Supervisor:
                  furnish: Callable[[Environment], Awaitable[None]]) -> None:
         self._a = adapters
         self._emit = emit
-        self.launching = Launching(adapters, hard_limits)
+        self._shortage = Shortage(adapters.cgroups, self._short)
+        self.launching = Launching(adapters, hard_limits, self._follow_memory)
         self._turn = turn
         self._furnish = furnish
         self._restarts = Restarts(self._start_again, self._restart_failed)
@@ -187,6 +190,9 @@ class Supervisor:
 
         ``reported``: the launches whose ends the launcher will tell; the others' cgroups are watched.
         """
+        if environment.resources.memory is not None:
+            self._shortage.adopt(environment)
+            self._follow_memory(environment)
         for found in services.values():
             before, service = environment.services[found.name], found
             if before.state in ("starting", "running") and service.state == "exited":
@@ -215,6 +221,7 @@ class Supervisor:
             self._health.forget(service.launch_id)
             if service.launch_id is not None and self._launches.pop(service.launch_id, None) is not None:
                 self._a.processes.acknowledge(service.launch_id)
+        self._shortage.forget(environment)
         self.pulse()
 
     def _on_exit(self, exited: Exited) -> None:
@@ -295,9 +302,19 @@ class Supervisor:
         service = after_its_end(environment, service)
         if self._note(environment, service):
             self._a.processes.acknowledge(service.launch_id or "")
+        if service.exit_code in (None, _KILLED):
+            self._shortage.look(environment, service.name)
         self._tell("ended", environment, service.name, exit_code=service.exit_code)
         if service.state == "restarting":
             self._restart_later(environment, service)
+
+    def _follow_memory(self, environment: Environment) -> None:
+        assert self._nursery is not None
+        self._shortage.follow(self._nursery, environment)
+
+    def _short(self, environment: Environment, service: str, count: int) -> None:
+        self._tell("oom_killed", environment, service, count=count, memory=environment.resources.memory)
+        self.pulse()
 
     def _follow(self, environment: Environment, service: Service) -> None:
         assert self._nursery is not None

@@ -21,7 +21,8 @@ def environment(kept: Environment) -> wire.Environment:
         services=[wire.Service(name=s.name, command=list(s.command.argv), pid=s.pid, state=s.state,
                                exit_code=s.exit_code, restart=s.restart, restarts=s.restarts, health=s.health)
                   for s in kept.services.values()],
-        labels=kept.labels, share=kept.share, egress=kept.egress, resources=kept.resources, created_at=kept.created_at)
+        labels=kept.labels, share=kept.share, egress=kept.egress, resources=kept.resources,
+        oom_kills=kept.oom_kills, created_at=kept.created_at)
 
 
 def difference(found: Difference) -> wire.Difference:

@@ -17,7 +17,8 @@ import msgspec
 
 from netnsd.core.addressing import Plan
 from netnsd.core.pool import MOST_SLOTS
-from netnsd.core.specification import LIMITS
+from netnsd.core.quotas import MOST
+from netnsd.core.specification import LIMITS, RESOURCES
 from netnsd.errors import ConfigError
 
 DEFAULT_FILE = Path("/etc/netnsd/netnsd.toml")
@@ -102,6 +103,25 @@ class Api(Section, frozen=True, kw_only=True, forbid_unknown_fields=True):
     dev_users: dict[str, str] = {}
 
 
+class Quota(Section, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """``[quota]``: what each user may have in all, unless an admin says otherwise; see ``wire.QuotaLimits``."""
+
+    environments: int | None = None
+    ports: int | None = None
+    memory: int | None = None
+    cpu: float | None = None
+    creations_per_minute: int | None = None
+
+
+class Resources(Section, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """``[resources]``: what an environment may take of which its creator does not say; see ``wire.Resources``."""
+
+    memory: int | None = None
+    cpu: float | None = None
+    pids: int | None = None
+    bandwidth: int | None = None
+
+
 class Config(Section, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """The whole configuration."""
 
@@ -111,6 +131,8 @@ class Config(Section, frozen=True, kw_only=True, forbid_unknown_fields=True):
     services: Services = Services()
     pool: Pool = Pool()
     api: Api = Api()
+    quota: Quota = Quota()
+    resources: Resources = Resources()
 
     @property
     def api_address(self) -> tuple[ipaddress.IPv4Address | ipaddress.IPv6Address, int] | None:
@@ -228,8 +250,11 @@ def _check(config: Config, source: str) -> None:
         ("[daemon] connections_per_user", config.daemon.connections_per_user, 1, 10_000),
         ("[api] requests_per_second", config.api.requests_per_second, 0.1, 100_000),
         ("[api] requests_burst", config.api.requests_burst, 1, 100_000),
+        *((f"[quota] {name}", value, 0, MOST) for name, value in msgspec.structs.asdict(config.quota).items()),
+        *((f"[resources] {name}", value, *RESOURCES[name][:2])
+          for name, value in msgspec.structs.asdict(config.resources).items()),
     ):
-        if not least <= value <= most:
+        if value is not None and not least <= value <= most:
             raise refuse(key, f"{value} is not from {least} to {most}")
 
 

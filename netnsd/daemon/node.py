@@ -125,7 +125,7 @@ class Node:
             network = KernelNetwork(thread, self._runtime, self._config.network.mtu, seats)
             forwarding = bridges.Forwarding(self._runtime / "forwarding")
             firewall = NftFirewall(thread, supernet, self._config.network.flows, forwarding, seats)
-            cgroups = CgroupTree(self._config.daemon.cgroup)
+            cgroups = self._cgroups = CgroupTree(self._config.daemon.cgroup)
             files = EnvironmentFiles(self._runtime, self._state, self._config.services.log_bytes)
             await network.open()
             await firewall.start()
@@ -181,7 +181,9 @@ class Node:
     def _settings(self) -> Settings:
         services, pool = self._config.services, PoolSettings(**msgspec.structs.asdict(self._config.pool))
         return Settings(self._config.published_range, services.allow_setuid, host.boot_id(), services.hard_limits,
-                        self._config.daemon.creations_waiting, pool)
+                        self._config.daemon.creations_waiting, pool,
+                        wire.QuotaLimits(**msgspec.structs.asdict(self._config.quota)),
+                        wire.Resources(**msgspec.structs.asdict(self._config.resources)))
 
     async def _serve(self, nursery: trio.Nursery, files: EnvironmentFiles) -> None:
         await nursery.start(self._templates.run)
@@ -291,7 +293,10 @@ class Node:
             supernet=self._config.network.supernet, port_range=self._config.ports.range,
             environments=len(self.environments.registry), published_ports=self.environments.registry.published,
             addresses_free=self.environments.registry.addresses_free, pool_size=self.environments.pool.size,
-            pool_ready=self.environments.pool.ready, features=host.features())
+            pool_ready=self.environments.pool.ready, features={**host.features(), **self._limits()})
+
+    def _limits(self) -> dict[str, bool]:
+        return {f"limit_{name}": has for name, has in self._cgroups.has_limits().items()}
 
     def _figures(self) -> Figures:
         service = self.environments
@@ -310,7 +315,7 @@ class Node:
             restarts=service.restarts)
 
     async def _examine(self) -> list[wire.Check]:
-        findings = await self._findings.get()
+        findings = [*await self._findings.get(), *host.limits(self._cgroups.has_limits())]
         return [wire.Check(name=f.name, ok=f.ok, severity=f.severity, message=f.message, hint=f.hint)
                 for f in findings]
 

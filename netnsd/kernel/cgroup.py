@@ -12,14 +12,14 @@ import os
 import re
 import signal as signals
 import struct
-from collections.abc import Iterator
+from collections.abc import Awaitable, Callable, Iterator
 
 import trio
 
 from netnsd import wire
 from netnsd.errors import HostUnfit, KernelError
-from netnsd.kernel import exit_info, libc
-from netnsd.kernel.limits import PidsLimit
+from netnsd.kernel import exit_info, libc, limits, shortage
+from netnsd.kernel.limits import Limits
 
 REMOVE_SECONDS = 10.0
 _BUSY_SECONDS = 0.002
@@ -51,7 +51,7 @@ class CgroupTree:
     def __init__(self, name: str, mount: str | None = None) -> None:
         mount = mount or find_cgroup2()
         self.root = os.path.join(mount, name)
-        self._limits = PidsLimit(self.root, mount)
+        self._limits = Limits(self.root, mount)
         self._inotify = libc.inotify_init1(libc.IN_NONBLOCK | libc.IN_CLOEXEC)
         self._waiting: dict[int, set[trio.Event]] = {}
         self._watched: dict[int, str] = {}
@@ -115,12 +115,39 @@ class CgroupTree:
 
     def require(self, resources: wire.Resources) -> None:
         """See ``core.interfaces.Cgroups``."""
-        if resources.pids is not None:
-            self._limits.require()
+        if wanted := limits.asked(resources):
+            self._limits.require(wanted)
 
     def limit(self, path: str, resources: wire.Resources) -> tuple[str, ...]:
         """See ``core.interfaces.Cgroups``."""
-        return () if resources.pids is None else self._limits.apply(path, resources.pids)
+        wanted = limits.asked(resources)
+        return self._limits.apply(path, wanted) if wanted else ()
+
+    def has_limits(self) -> dict[str, bool]:
+        """Which limits this host can hold, by their names in Resources. Changes nothing."""
+        return self._limits.has()
+
+    def oom_kills(self, path: str) -> int:
+        """See ``core.interfaces.Cgroups``."""
+        directory, is_old = self._limits.memory_group(path)
+        try:
+            return shortage.count(directory, is_old=is_old)
+        except OSError as error:
+            raise KernelError.at("cgroup", error) from error
+
+    async def more_oom_kills(self, path: str, seen: int) -> int:
+        """See ``core.interfaces.Cgroups``."""
+        await trio.lowlevel.checkpoint()
+        directory, is_old = self._limits.memory_group(path)
+        try:
+            if is_old:
+                return await shortage.more_in_v1(directory, seen)
+            with self._news(directory, shortage.NEW_FILE) as news:
+                while (found := shortage.count(directory, is_old=False)) <= seen:
+                    await news()
+                return found
+        except OSError as error:
+            raise KernelError.at("cgroup", error) from error
 
     def pids(self, path: str) -> list[int]:
         """The processes in the group and below it, lowest first; empty where there is no such group."""
@@ -150,23 +177,32 @@ class CgroupTree:
     async def empty(self, path: str) -> None:
         """Return when no process lives in the group or below it; at once where there is no such group."""
         await trio.lowlevel.checkpoint()
-        directory = self.path(path)
         try:
-            watch = libc.inotify_add_watch(self._inotify, os.path.join(directory, "cgroup.events"), libc.IN_MODIFY)
+            with self._news(self.path(path), "cgroup.events") as news:
+                while self.populated(path):
+                    await news()
         except OSError as error:
-            if error.errno in _GONE:
-                return
-            raise KernelError.at("cgroup", error) from error
-        event = trio.Event()
+            if error.errno not in _GONE:
+                raise KernelError.at("cgroup", error) from error
+
+    @contextlib.contextmanager
+    def _news(self, directory: str, file: str) -> Iterator[Callable[[], Awaitable[None]]]:
+        """What can be awaited returns when a file of a group has changed since the last time. Raises OSError."""
+        watch = libc.inotify_add_watch(self._inotify, os.path.join(directory, file), libc.IN_MODIFY)
         waiting = self._waiting.setdefault(watch, set())
+        event = trio.Event()
         waiting.add(event)
         self._watched[watch] = directory
+
+        async def news() -> None:
+            nonlocal event
+            await event.wait()
+            waiting.discard(event)
+            event = trio.Event()
+            waiting.add(event)
+
         try:
-            while self.populated(path):
-                await event.wait()
-                waiting.discard(event)
-                event = trio.Event()
-                waiting.add(event)
+            yield news
         finally:
             waiting.discard(event)
             # Another waiter of the same group has the same watch.

@@ -39,6 +39,14 @@ def features() -> dict[str, bool]:
     return {"passrights": _has_passrights(), "pidfd_exit_info": exit_info.is_known()}
 
 
+def limits(has: dict[str, bool]) -> list[Finding]:
+    """What there is to limit environments with, by the names that ``wire.Resources`` has."""
+    return [Finding(f"limit_{name}", there, "info",
+                    f"environments' {name} can be limited: {'yes' if there else 'no'}",
+                    "" if there else f"Have the controller {name} handed on to netnsd's cgroup, or mount v1's.")
+            for name, there in has.items()]
+
+
 def boot_id() -> str:
     """Names this run of the kernel."""
     return Path("/proc/sys/kernel/random/boot_id").read_text().strip()

@@ -22,6 +22,7 @@ import trio
 from netnsd.core.addressing import INSIDE_IFINDEX, Bridge, Slot
 from netnsd.core.interfaces import Inspection, Listener, Publication, Wiring
 from netnsd.errors import KernelError, NetnsLost, NetnsTaken
+from netnsd.kernel import bandwidth as bandwidths
 from netnsd.kernel import bridges, carrier, inhabitants, inner, libc, namespace_thread, rtnetlink, sockets, survey
 from netnsd.kernel.namespace_thread import NamespaceThread, Priority
 from netnsd.kernel.seats import Seats
@@ -87,10 +88,16 @@ class KernelNetwork:
         """See ``core.interfaces.Network``."""
         await self._thread.run(lambda: self._tidy({slot.index: netns for slot, netns in slots}), Priority.CHECK)
 
-    async def furnish(self, slot: Slot, publications: Sequence[Publication]) -> None:
+    async def furnish(self, slot: Slot, publications: Sequence[Publication], bandwidth: int | None = None) -> None:
         """See ``core.interfaces.Network``."""
-        await self._in_slot("furnish", slot, lambda: inner.furnish(slot.bridge.address, publications),
-                            Priority.FURNISH)
+        def furnish() -> None:
+            inner.furnish(slot.bridge.address, publications)
+            if bandwidth is not None:
+                bandwidths.bound(INSIDE_IFINDEX, bandwidth)
+                namespace_thread.leave(self._thread.host_fd)
+                bandwidths.bound(slot.port_ifindex, bandwidth)
+
+        await self._in_slot("furnish", slot, furnish, Priority.FURNISH)
 
     async def listeners(self, slot: Slot) -> frozenset[Listener]:
         """See ``core.interfaces.Network``."""

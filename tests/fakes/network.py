@@ -8,7 +8,7 @@ import trio
 
 from netnsd.core.addressing import Bridge, Slot
 from netnsd.core.interfaces import Inhabitant, Inspection, Listener, Network, Publication, Wiring
-from netnsd.errors import KernelError, NetnsLost, NetnsTaken
+from netnsd.errors import KernelError, LimitUnavailable, NetnsLost, NetnsTaken
 
 
 class FakeNetwork:
@@ -22,6 +22,8 @@ class FakeNetwork:
 
     def __init__(self) -> None:
         self.left: set[str] = set()
+        self.can_limit = True
+        self.bandwidths: dict[int, int] = {}
         self.everywhere: set[Listener] = set()
         self.slots: dict[int, str | None] = {}
         self.second_names: set[tuple[int, str]] = set()
@@ -71,9 +73,13 @@ class FakeNetwork:
                 self.slots[slot.index] = netns if netns in self._names(slot) else None
                 self.second_names = {pair for pair in self.second_names if pair[0] != slot.index}
 
-    async def furnish(self, slot: Slot, publications: Sequence[Publication]) -> None:
+    async def furnish(self, slot: Slot, publications: Sequence[Publication], bandwidth: int | None = None) -> None:
         await trio.lowlevel.checkpoint()
         self._require(slot, "furnish")
+        if bandwidth is not None:
+            if not self.can_limit:
+                raise LimitUnavailable("this host cannot limit bandwidth", limit="bandwidth")
+            self.bandwidths[slot.index] = bandwidth
         held = self.furnished.get(slot.index, ())
         self.furnished[slot.index] = held + tuple(p for p in publications if p not in held)
 
@@ -82,7 +88,7 @@ class FakeNetwork:
         for slot, netns in slots:
             names = self._names(slot)
             self.left |= names - {netns} if netns != "" else set()
-            for held in (self.slots, self.furnished, self.heard, self.masters, self.strays):
+            for held in (self.slots, self.furnished, self.bandwidths, self.heard, self.masters, self.strays):
                 held.pop(slot.index, None)
             for lost in (self.unpinned, self.unlinked, self.nameless):
                 lost.discard(slot.index)
@@ -110,6 +116,8 @@ class FakeNetwork:
             mended.append("name")
         for _part, lost in parts:
             lost.discard(index)
+        if "link" in mended:
+            self.bandwidths.pop(index, None)
         return mended
 
     async def mend_bridges(self, bridges: Sequence[Bridge], *, look: bool = False) -> Sequence[str]:

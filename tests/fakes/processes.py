@@ -20,7 +20,7 @@ SIGKILL = 9
 class FakeCgroups:
     """Implements ``core.interfaces.Cgroups``. ``killed`` is told of each pid that was killed, ``signalled`` keeps.
 
-    ``codes``: what the kernel tells of processes, by pid; nothing of others.
+    ``codes``: what the kernel tells of processes, by pid; nothing of others. ``lacking``: limits that it cannot hold.
     """
 
     def __init__(self) -> None:
@@ -30,8 +30,9 @@ class FakeCgroups:
         self.on_signal: Callable[[int, int], None] = lambda _pid, _signal: None
         self._changed = trio.Event()
         self.codes: dict[int, int] = {}
-        self.can_limit = True
-        self.limited: dict[str, int] = {}
+        self.lacking: set[str] = set()
+        self.limited: dict[str, wire.Resources] = {}
+        self.short: dict[str, int] = {}
 
     async def create(self, path: str) -> None:
         await trio.lowlevel.checkpoint()
@@ -40,15 +41,30 @@ class FakeCgroups:
             self.groups.setdefault("/".join(parts[:end]), set())
 
     def require(self, resources: wire.Resources) -> None:
-        if resources.pids is not None and not self.can_limit:
-            raise LimitUnavailable("this host cannot limit processes", limit="pids")
+        for name in ("memory", "cpu", "pids"):
+            if getattr(resources, name) is not None and name in self.lacking:
+                raise LimitUnavailable(f"this host cannot limit {name}", limit=name)
 
     def limit(self, path: str, resources: wire.Resources) -> tuple[str, ...]:
         self.require(resources)
-        if resources.pids is None:
+        if resources == wire.Resources(bandwidth=resources.bandwidth):
             return ()
-        self.limited[path] = resources.pids
-        return (f"/fake/pids/{path}",)
+        self.limited[path] = resources
+        return (f"/fake/limits/{path}",)
+
+    def oom_kills(self, path: str) -> int:
+        return self.short.get(path, 0)
+
+    async def more_oom_kills(self, path: str, seen: int) -> int:
+        await trio.lowlevel.checkpoint()
+        while self.oom_kills(path) <= seen:
+            await self._changed.wait()
+        return self.oom_kills(path)
+
+    def oom_kill(self, path: str, count: int = 1) -> None:
+        """Be a kernel that ends so many processes of a group for lack of memory."""
+        self.short[path] = self.oom_kills(path) + count
+        self._pulse()
 
     def pids(self, path: str) -> list[int]:
         return sorted(pid for group in self._below(path) for pid in self.groups[group])
@@ -80,6 +96,7 @@ class FakeCgroups:
         for group in list(self._below(path)):
             del self.groups[group]
         self.limited.pop(path, None)
+        self.short.pop(path, None)
         self._pulse()
         for pid in pids:
             self.killed(pid)

@@ -198,6 +198,9 @@ async def serving(directory: Path, *, filters: bool | None = None, connections_p
         while goes_on is not None and goes_on():
             await trio.sleep(0.01)
 
+    async def named(user: str) -> Actor | None:
+        return next((a for a in world.accounts.values() if user in (a.user, str(a.uid))), None)
+
     def info() -> wire.Info:
         return wire.Info(version=__version__, pid=1, started_at="", kernel="", supernet="", port_range="",
                          environments=0, published_ports=0, addresses_free=0,
@@ -206,7 +209,7 @@ async def serving(directory: Path, *, filters: bool | None = None, connections_p
     async with world.running() as environments:
         context = Context(environments, world.templates, lambda: b"netnsd_test 1\n", info, doctor or no_doctor,
                           world.files.log_path, read_log, events.follow, tokens=world.tokens, projects=world.projects,
-                          policies=world.policies)
+                          policies=world.policies, named=named)
         api, attach = _listener(directory / "api.sock"), _listener(directory / "attach.sock")
         with api, attach, socket.create_server(("127.0.0.1", 0)) as listener:
             filtered = peer.refuse_descriptors(api) if filters in (True, None) else False

@@ -51,10 +51,12 @@ class World:
     def __init__(self, directory: Path, *, supernet: str = "10.9.0.0/24", bridge_ports: int = 29,
                  published_range: tuple[int, int] = (20000, 20009), allow_setuid: bool = True,
                  boot_id: str = "this boot", creations_waiting: int = 64,
-                 pool: PoolSettings | None = None) -> None:
+                 pool: PoolSettings | None = None, quota: wire.QuotaLimits | None = None,
+                 resources: wire.Resources | None = None) -> None:
         self.directory = directory
         self.plan = Plan(supernet, bridge_ports)
-        self.settings = Settings(published_range, allow_setuid, boot_id, {}, creations_waiting, pool or PoolSettings())
+        self.settings = Settings(published_range, allow_setuid, boot_id, {}, creations_waiting, pool or PoolSettings(),
+                                 quota or wire.QuotaLimits(), resources or wire.Resources())
         self.accounts = {user.uid: user for user in (ALICE, BOB, CAROL)}
         self.groups: dict[str, tuple[int, ...]] = {}
         self.developers: dict[str, str] = {}
@@ -128,6 +130,9 @@ class World:
             "shielded": set(self.firewall.judgement.shielded),
             "cgroups": sorted(self.cgroups.groups),
             "limits": dict(self.cgroups.limited),
+            "bandwidths": dict(self.network.bandwidths),
+            "quotas": dict(registry.quotas._held),
+            "shortages": dict(self.environments._supervisor._shortage._scopes),
             "processes": dict(self.processes.running),
             "files": self.files.observe(),
             "logs": [fd for fd in self.files.descriptors if _is_open(fd)],

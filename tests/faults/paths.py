@@ -18,9 +18,9 @@ _BARE = {"cwd": "/", "env": {"PATH": "/usr/bin:/bin"}}
 _PORTS = [{"port": 3000}, {"port": 3000, "protocol": "udp", "publish": NUMBER}]
 WHOLE = {"name": "web", "command": echo_server("web", 3000), "ports": _PORTS, **_BARE}
 WITHOUT = {"name": "web", "ports": [{"port": 3000}]}
-# A limit, a check, what it reaches outside and a policy: what a plain one does without.
-LOOKED_AFTER = {**WHOLE, "egress": "deny", "resources": {"pids": 64}, "restart": "on-failure",
-                "health": {"tcp": 3000, "interval_seconds": 1.0}}
+# Limits, a check, what it reaches outside and a policy: what a plain one does without.
+LOOKED_AFTER = {**WHOLE, "egress": "deny", "restart": "on-failure", "health": {"tcp": 3000, "interval_seconds": 1.0},
+                "resources": {"memory": 256 << 20, "cpu": 1, "pids": 64, "bandwidth": 10**9}}
 TEMPLATE = {"name": "tpl", "warm": 1, "specification": {
     "command": echo_server("web", 3000), "ports": [{"port": 3000}], **_BARE}}
 TOKEN = {"name": "t", "scope": "write"}

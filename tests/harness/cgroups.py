@@ -17,9 +17,9 @@ def cgroup2_mount() -> str:
     raise LookupError("no cgroup2 is mounted: mount -t cgroup2 none /sys/fs/cgroup/unified")
 
 
-def limits_of(name: str) -> str:
-    """Where the groups are that limit processes by cgroup v1, for a daemon whose cgroup is called ``name``."""
-    return f"/sys/fs/cgroup/pids/{name.replace('/', '.')}"
+def limits_of(name: str) -> list[str]:
+    """Where the groups are that limit environments by cgroup v1, for a daemon whose cgroup is called ``name``."""
+    return [f"/sys/fs/cgroup/{controller}/{name.replace('/', '.')}" for controller in ("pids", "memory", "cpu")]
 
 
 def members(path: str) -> list[int]:

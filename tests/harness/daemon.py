@@ -170,7 +170,7 @@ class Daemon:
                 os.kill(pid, signal.SIGKILL)
         cgroups.kill(self.cgroup)
         limits = cgroups.limits_of(self.host.daemon_cgroup_name)
-        wait_until(lambda: not self.launcher_pids() and cgroups.remove(self.cgroup) and cgroups.remove(limits),
+        wait_until(lambda: not self.launcher_pids() and all(map(cgroups.remove, (self.cgroup, *limits))),
                    what="the end of all servers")
 
     def _await_ready(self, receiver: socket.socket) -> None:

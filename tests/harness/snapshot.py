@@ -86,7 +86,8 @@ class Snapshot:
             mounts=frozenset(_mounts(mountinfo)),
             namespaces=frozenset(_namespaces([host.host_pid, *pids], mountinfo)),
             cgroups=frozenset((*_directories(host.cgroup), *_directories(host.daemon_cgroup),
-                               *_directories(cgroups.limits_of(host.daemon_cgroup_name)))),
+                               *(path for group in cgroups.limits_of(host.daemon_cgroup_name)
+                                 for path in _directories(group)))),
             processes=frozenset(f"{pid} {_command_line(pid)}" for pid in pids),
             files=frozenset(path for path in files if not path.startswith("/run/harness")),
         )
@@ -234,7 +235,7 @@ def _directories(top: str) -> list[str]:
 
 def _limiting() -> list[str]:
     """Groups of cgroup v1 that netnsd made; others make some too."""
-    return [path for path in _directories(cgroups.limits_of("")) if "netnsd" in path]
+    return [path for group in cgroups.limits_of("") for path in _directories(group) if "netnsd" in path]
 
 
 def _of_another_run(path: str) -> bool:

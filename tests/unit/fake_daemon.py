@@ -58,8 +58,9 @@ class FakeDaemon:
         self.templates: dict[str, dict[str, Any]] = {}
         self.tokens: dict[str, dict[str, Any]] = {}
         self.pool = {"name": "slots", "size": 8, "target": 8, "ready": 7, "claimed": 3, "missed": 1, "reason": ""}
-        # So many creations are answered ``overloaded`` first, with this Retry-After.
+        # So many creations are answered with that first, with this Retry-After.
         self.overloaded = 0
+        self.overload = Problem(503, "overloaded", "64 creations of yours wait already", "try again.")
         self.retry_after: str | None = "0"
         self.requests: list[Request] = []
         self.answers: dict[tuple[str, str], bytes | dict[str, Any] | Problem] = {}
@@ -142,7 +143,7 @@ class FakeDaemon:
         except Problem as problem:
             status, answer = problem.status, problem.body
         body = answer if isinstance(answer, bytes) else json.dumps(answer).encode()
-        after = f"Retry-After: {self.retry_after}\r\n" if status == 503 and self.retry_after is not None else ""
+        after = f"Retry-After: {self.retry_after}\r\n" if status in (429, 503) and self.retry_after is not None else ""
         connection.sendall(self._head(status, f"{after}Content-Length: {len(body)}\r\n") + body)
 
     def _head(self, status: int, headers: str) -> bytes:
@@ -201,7 +202,7 @@ class FakeDaemon:
             return 202 if ("wait", "0") in request.query else 200, self._remove(request)
         if self.overloaded:
             self.overloaded -= 1
-            raise Problem(503, "overloaded", "64 creations of yours wait already", "try again.")
+            raise self.overload
         body = request.body
         if body.get("count") is None:
             return 201, self._create(body)

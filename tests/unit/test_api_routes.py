@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import trio
 
+from netnsd import wire
 from netnsd.api import openapi
 from netnsd.api.routes import ROUTES, Permission, Route
 from tests.fakes.serving import Served, error_of, serving
@@ -39,6 +40,73 @@ def test_every_route_names_its_permission() -> None:
     assert [route for route in ROUTES if "{ref}" in route.path] == of_somebodys
     assert len({(route.method, route.path) for route in ROUTES}) == len(ROUTES)
     assert all(route.summary for route in ROUTES)
+
+
+# -- quotas -----------------------------------------------------------------------------------------------------
+
+OF_QUOTAS = [route for route in ROUTES if route.path.startswith("/v1/quotas")]
+
+
+def test_who_may_do_what_with_quotas() -> None:
+    assert {(r.method, r.path): r.permission for r in OF_QUOTAS} == {
+        ("GET", "/v1/quotas"): Permission.OWNER, ("GET", "/v1/quotas/{user}"): Permission.OWNER,
+        ("PUT", "/v1/quotas/{user}"): Permission.ADMIN, ("DELETE", "/v1/quotas/{user}"): Permission.ADMIN}
+
+
+async def test_ones_own_quota_is_shown_with_what_one_has_and_no_other(served: Served) -> None:
+    await served.world.environments.create(request("web", ports=2, resources=wire.Resources(memory=5 << 20, cpu=0.5)),
+                                           ALICE)
+    await served.world.environments.create(request("theirs"), BOB)
+    own = {"owner": {"uid": ALICE.uid, "user": "alice"}, "own": [],
+           "limits": dict.fromkeys(("environments", "ports", "memory", "cpu", "creations_per_minute")),
+           "used": {"environments": 1, "ports": 2, "memory": 5 << 20, "cpu": 0.5}}
+    assert (await served.ask("GET", "/v1/quotas")).json == {"quotas": [own]}
+    for user in ("alice", str(ALICE.uid)):
+        assert (await served.ask("GET", f"/v1/quotas/{user}")).json == own
+    refusals = [await served.ask("GET", f"/v1/quotas/{user}") for user in ("bob", str(BOB.uid), "nobody-at-all", "0")]
+    assert {(answer.status, answer.code, error_of(answer)["message"]) for answer in refusals} == {
+        (403, "forbidden", "others' quotas are not yours to see")}, "nothing tells who there is"
+    for method, body in (("PUT", {"environments": 100}), ("DELETE", None)):
+        for user in ("alice", "bob"):
+            assert (await served.ask(method, f"/v1/quotas/{user}", body)).code == "forbidden"
+    assert served.world.environments.registry.quotas.known() == {}
+
+
+async def test_an_admin_sets_and_sees_everyones_and_what_is_beyond_is_refused(served: Served) -> None:
+    served.actor = CAROL
+    answer = await served.ask("PUT", "/v1/quotas/alice", {"environments": 1, "memory": None, "cpu": 0.5})
+    assert (answer.status, answer.json["own"]) == (200, ["cpu", "environments", "memory"])
+    assert answer.json["limits"]["environments"] == 1
+    await served.ask("PUT", f"/v1/quotas/{BOB.uid}", {"creations_per_minute": 1})
+    users = [quota["owner"]["user"] for quota in (await served.ask("GET", "/v1/quotas")).json["quotas"]]
+    assert users == ["alice", "bob", "carol"]
+    served.actor = ALICE
+    body = {"name": "web", "resources": {"cpu": 0.5}}
+    assert (await served.ask("POST", "/v1/environments", body)).status == 201
+    answer = await served.ask("POST", "/v1/environments", {**body, "name": "more"})
+    assert (answer.status, answer.code) == (403, "quota_exceeded")
+    assert error_of(answer)["details"] == {"quota": "environments", "limit": 1, "used": 1, "asked": 1}
+    served.actor = BOB
+    assert (await served.ask("POST", "/v1/environments", {"name": "a"})).status == 201
+    answer = await served.ask("POST", "/v1/environments", {"name": "b"})
+    assert (answer.status, answer.code) == (429, "too_many_creations")
+    assert 1 <= int(answer.headers["retry-after"]) <= 60
+    served.actor = CAROL
+    assert (await served.ask("DELETE", "/v1/quotas/alice")).json["own"] == []
+    assert (await served.ask("GET", "/v1/quotas/bob")).json["limits"]["creations_per_minute"] == 1
+    assert (await served.ask("GET", "/v1/quotas/nobody-at-all")).code == "not_found"
+    del served.world.accounts[BOB.uid]
+    assert (await served.ask("DELETE", "/v1/quotas/bob")).json["own"] == [], "somebody who is gone"
+
+
+@pytest.mark.parametrize("body", [
+    {"environments": -1}, {"environments": 1.5}, {"environments": "3"}, {"memory": True}, {"cpu": 1e999}, {"typo": 1},
+    {"ports": 1 << 60}, {"creations_per_minute": []}])
+async def test_a_quota_that_cannot_be_is_refused(served: Served, body: dict[str, Any]) -> None:
+    served.actor = CAROL
+    answer = await served.ask("PUT", "/v1/quotas/alice", body)
+    assert answer.code in ("invalid_request", "bad_json")
+    assert served.world.environments.registry.quotas.known() == {}
 
 
 @pytest.mark.parametrize("route", OF_ONE, ids=named)

@@ -22,7 +22,9 @@ from tests.unit.fake_daemon import FakeDaemon, Problem
 WORDS = ["web", "-", "--", "", "-x", "--help", "-h", "--version", "ls", "create", "json", "nope", "a=b", "3000", "0",
          "7", "-1", "2.5", "nan", "-oname", "-qa", "-aq", "--output=yaml", "--label=", "--count=3", "--port=53/udp",
          "--wait=1", "-p53", "--all", "--unknown", "--cwd=", "٣", "1_0", " 3", "always", "tcp:3000",
-         "--restart=on-failure", "--health=http:80/x", "--pids=7", "--health-retries=2", "--health-interval=2.5"]
+         "--restart=on-failure", "--health=http:80/x", "--pids=7", "--health-retries=2", "--health-interval=2.5",
+         "--memory=1G", "512m", "1.5G", "--cpus=0.5", "--cpus=0", "--bandwidth=10M", "--bandwidth=1T",
+         "--memory=-1", "--memory=G"]
 OPTIONS = sorted({name for known in quick.OPTIONS.values() for name in known} | {"-o", "--output", "--socket"})
 
 

@@ -31,7 +31,8 @@ def run(*args: str) -> Result:
 
 
 ALL = ("--restart", "on-failure", "--health", "http:3000/healthz", "--health-interval", "2.5", "--health-timeout", "1",
-       "--health-retries", "4", "--health-start-period", "0", "--pids", "200")
+       "--health-retries", "4", "--health-start-period", "0", "--pids", "200", "--memory", "1.5G", "--cpus", "0.5",
+       "--bandwidth", "100M")
 
 
 @pytest.mark.parametrize("by", ["click", "quick"])
@@ -41,7 +42,7 @@ def test_what_is_typed_is_what_the_daemon_takes(daemon: FakeDaemon, by: str) -> 
     body = daemon.requests[-1].body
     request = msgspec.convert(body, wire.CreateRequest)
     assert request.restart == "on-failure"
-    assert request.resources == wire.Resources(pids=200)
+    assert request.resources == wire.Resources(memory=3 << 29, cpu=0.5, pids=200, bandwidth=100_000_000)
     assert request.health == wire.HealthCheck(http="/healthz", port=3000, interval_seconds=2.5, timeout_seconds=1,
                                               retries=4, start_period_seconds=0)
 

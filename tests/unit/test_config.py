@@ -82,13 +82,25 @@ def test_a_variable_does_not_loosen_the_files_types(tmp_path: Path) -> None:
 @pytest.mark.parametrize(("section", "key", "least", "most"), [
     ("network", "mtu", 576, 65535), ("network", "flows", 16, 1 << 20), ("network", "bridge_ports", 1, 1000),
     ("services", "log_bytes", 1 << 16, 1 << 40), ("daemon", "grace_seconds", 0, 600),
-    ("daemon", "connections_per_user", 1, 10_000), ("api", "requests_burst", 1, 100_000)])
+    ("daemon", "connections_per_user", 1, 10_000), ("api", "requests_burst", 1, 100_000),
+    ("quota", "environments", 0, 1 << 50),
+    ("quota", "ports", 0, 1 << 50), ("quota", "memory", 0, 1 << 50), ("quota", "creations_per_minute", 0, 1 << 50),
+    ("resources", "pids", 1, 4194304), ("resources", "memory", 4 << 20, 1 << 50),
+    ("resources", "bandwidth", 64_000, 32_000_000_000)])
 def test_numbers_have_limits(tmp_path: Path, section: str, key: str, least: int, most: int) -> None:
     for value in (least, most):
         assert getattr(getattr(load(tmp_path, f"[{section}]\n{key} = {value}"), section), key) == value
     for value in (least - 1, most + 1):
         with pytest.raises(ConfigError, match=key):
             load(tmp_path, f"[{section}]\n{key} = {value}")
+
+
+@pytest.mark.parametrize("value", ["nan", "inf", "-1", "-inf"])
+@pytest.mark.parametrize("section", ["quota", "resources"])
+def test_processors_are_a_number(tmp_path: Path, section: str, value: str) -> None:
+    assert getattr(load(tmp_path, f"[{section}]\ncpu = 1.5"), section).cpu == 1.5
+    with pytest.raises(ConfigError, match="cpu"):
+        load(tmp_path, f"[{section}]\ncpu = {value}")
 
 
 @pytest.mark.parametrize("value", ["nan", "inf", "-inf"])

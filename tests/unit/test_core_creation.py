@@ -245,10 +245,10 @@ async def test_what_is_made_while_another_is_furnished_behind_is_written_as_read
     begun, goes_on = trio.Event(), trio.Event()
     furnish = FakeNetwork.furnish
 
-    async def slow(self: FakeNetwork, slot: Slot, publications: Sequence[Publication]) -> None:
+    async def slow(self: FakeNetwork, slot: Slot, publications: Sequence[Publication], bandwidth: int | None) -> None:
         begun.set()
         await goes_on.wait()
-        await furnish(self, slot, publications)
+        await furnish(self, slot, publications, bandwidth)
 
     monkeypatch.setattr(FakeNetwork, "furnish", slow)
     world = World(tmp_path)

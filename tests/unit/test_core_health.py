@@ -436,12 +436,3 @@ def test_a_check_belongs_to_one_command() -> None:
             specification.check_services(wanted)
     [service] = specification.check_services(wire.CreateRequest(health=TCP, command=["x"]))
     assert service.health == TCP
-
-
-@pytest.mark.parametrize(("pids", "good"), [(-1, False), (0, False), (1, True), (4194304, True), (4194305, False)])
-def test_limits_are_in_range(pids: int, good: bool) -> None:
-    if good:
-        assert specification.check_resources(wire.Resources(pids=pids)).pids == pids
-    else:
-        with pytest.raises(InvalidRequest):
-            specification.check_resources(wire.Resources(pids=pids))

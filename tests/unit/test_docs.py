@@ -200,7 +200,8 @@ def default_of(field: msgspec.structs.FieldInfo) -> Any:
     return field.default_factory() if field.default_factory is not msgspec.NODEFAULT else field.default
 
 
-@pytest.mark.parametrize(("name", "kind"), [("services", wire.ServiceRequest), ("ports", wire.PortRequest)])
+@pytest.mark.parametrize(("name", "kind"), [("services", wire.ServiceRequest), ("ports", wire.PortRequest),
+                                           ("resources", wire.Resources)])
 def test_fields_inside_a_creation_are_documented(name: str, kind: type[msgspec.Struct]) -> None:
     (row,) = (row for row in rows(section("## HTTP API")) if row[0] == f"`{name}`")
     documented = re.findall(r'"(\w+)"', re.findall(r"`(\{.*?\})`", row[2])[0])
@@ -210,7 +211,9 @@ def test_fields_inside_a_creation_are_documented(name: str, kind: type[msgspec.S
 @pytest.mark.parametrize(("method", "path", "kind"), [("POST", "/v1/templates", wire.TemplateRequest),
                                                       ("PATCH", "/v1/pools/slots", wire.PoolRequest),
                                                       ("POST", "/v1/tokens", wire.TokenRequest),
-                                                      ("POST", "/api/environments/start", wire.ProjectRequest)])
+                                                      ("POST", "/api/environments/start", wire.ProjectRequest),
+                                                      ("PUT", "/v1/quotas/{user}", wire.QuotaRequest)])
+
 def test_fields_of_other_requests_are_documented(method: str, path: str, kind: type[msgspec.Struct]) -> None:
     (row,) = (row for row in rows(section("## HTTP API")) if row[:2] == [method, f"`{path}`"])
     documented = re.findall(r'"(\w+)"', re.findall(r"`(\{.*?\})`", row[3])[0])
