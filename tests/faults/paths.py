@@ -246,6 +246,14 @@ def _used(world: World) -> None:
     world.alice.good("DELETE", f"{_ENVIRONMENTS}/web")
 
 
+def _set_quota(world: World) -> None:
+    world.root.good("PUT", "/v1/quotas/alice", {"environments": 5})
+
+
+def _reset_quota(world: World) -> None:
+    world.root.good("DELETE", "/v1/quotas/alice")
+
+
 def _policy(ingress: list[Any]) -> dict[str, Any]:
     return {"apiVersion": "networking.k8s.io/v1", "kind": "NetworkPolicy", "metadata": {"name": "in"},
             "spec": {"podSelector": {}, "ingress": ingress}}
@@ -297,6 +305,10 @@ PATHS = (
     Path("removal of a template", {"method": "DELETE", "path": "/v1/templates/tpl"}, _add_template, names=()),
     Path("token", _post("/v1/tokens", TOKEN), names=(), again=_token_again),
     Path("revocation of a token", {"method": "DELETE", "path": "/v1/tokens/t"}, _add_token, names=()),
+    Path("quota", {"method": "PUT", "path": "/v1/quotas/alice", "body": {"environments": 5}}, names=(), asker="root",
+         again=_set_quota),
+    Path("end of a quota", {"method": "DELETE", "path": "/v1/quotas/alice"}, _set_quota, names=(), asker="root",
+         again=_reset_quota),
     Path("policy", _post("/v1/policies", _POLICY), _create, Fate.KEPT, again=_policy_again),
     Path("removal of a policy", {"method": "DELETE", "path": "/v1/policies/in"}, _under_a_policy, Fate.KEPT,
          again=_policy_again),
@@ -317,6 +329,7 @@ def clean(world: World) -> None:
     """Remove what a trial left; each removal must work."""
     for template in world.alice.good("GET", "/v1/templates")["templates"]:
         world.alice.good("DELETE", f"/v1/templates/{template['name']}")
+    _reset_quota(world)
     for token in world.alice.good("GET", "/v1/tokens")["tokens"]:
         world.alice.good("DELETE", f"/v1/tokens/{token['id']}")
     for policy in world.alice.good("GET", "/v1/policies")["policies"]:

@@ -41,8 +41,6 @@ ELSEWHERE = {
     "kernel.processes.LauncherProcesses.look:": "a socket that somebody removed: tests/system/test_hostility_files.py",
     "kernel.shortage.more_in_v1:os.eventfd_read": "memory that runs out: tests/system/test_resources.py",
     "store.SqliteStore.ids:": "the doctor's look",
-    "store.SqliteStore.set_quota:": "one statement in a transaction of its own: tests/unit/test_core_quotas.py",
-    "store.SqliteStore.delete_quota:": "one statement in a transaction of its own: tests/unit/test_core_quotas.py",
     "store.SqliteStore.set_boot:": "another boot: tests/system/test_reboot.py",
     "store.SqliteStore.set_command:": "another boot: tests/system/test_reboot.py",
     "daemon.main.launcher:": "the program of the launcher's unit: it becomes the launcher",
