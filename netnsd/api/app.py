@@ -12,6 +12,7 @@ from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect, Request
 from starlette.responses import Response, StreamingResponse
+from starlette.routing import Match
 from starlette.routing import Route as StarletteRoute
 from starlette.types import Send
 
@@ -37,7 +38,7 @@ _encode = msgspec.json.Encoder().encode
 
 def application(context: Context) -> Starlette:
     """The application for one daemon."""
-    document = _encode(openapi.document())
+    document = _encode(openapi.document(context.environments.settings.published_range))
     large = trio.Lock()
 
     async def openapi_json(_request: Request) -> Response:
@@ -151,6 +152,10 @@ def _problem(error: NetnsdError) -> Response:
 async def _unrouted(request: Request, error: Exception) -> Response:
     assert isinstance(error, HTTPException)
     if error.status_code == MethodNotAllowed.status:
-        return _problem(MethodNotAllowed(f"{request.url.path} does not take {request.method}",
-                                         hint="/openapi.json lists every route."))
+        response = _problem(MethodNotAllowed(f"{request.url.path} does not take {request.method}",
+                                             hint="/openapi.json lists every route."))
+        # Starlette knows those of the first row that fits, and a path has a row for each method.
+        rows = [row for row in request.app.routes if row.matches(request.scope)[0] is not Match.NONE]
+        response.headers["Allow"] = ", ".join(sorted({method for row in rows for method in row.methods}))
+        return response
     return _problem(NoRoute(f"there is nothing at {request.url.path[:200]}", hint="/openapi.json lists every route."))

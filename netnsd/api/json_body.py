@@ -12,6 +12,7 @@ from netnsd.errors import BadJson, InvalidRequest
 
 T = TypeVar("T")
 _LARGE_BYTES = 32 << 10
+_EXACT = 2.0**53  # beyond it there are whole numbers that a float does not hold
 
 
 def parse(body: bytes, kind: type[T]) -> T:
@@ -22,7 +23,8 @@ def parse(body: bytes, kind: type[T]) -> T:
         InvalidRequest: a field unknown, missing, or of the wrong type.
     """
     try:
-        tree = json.loads((body or b"{}").decode(), object_pairs_hook=_object, parse_constant=_constant)
+        tree = json.loads((body or b"{}").decode(), object_pairs_hook=_object, parse_constant=_constant,
+                          parse_float=_number)
         if b"\\u" in body:
             json.dumps(tree, ensure_ascii=False).encode()  # a lone surrogate cannot be encoded
     except RecursionError as error:
@@ -48,6 +50,12 @@ def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     if len(found) != len(pairs):
         raise ValueError("a key is given twice in one object")
     return found
+
+
+def _number(text: str) -> float | int:
+    """To JSON's schemas 3.0 is a whole number as good as 3."""
+    number = float(text)
+    return int(number) if number.is_integer() and abs(number) < _EXACT else number
 
 
 def _constant(name: str) -> None:

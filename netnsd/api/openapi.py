@@ -1,7 +1,8 @@
-"""The OpenAPI 3.1 document, from the route table and the wire types."""
+"""The OpenAPI 3.1 document, from the route table, the wire types and the errors."""
 
 from __future__ import annotations
 
+import http
 import re
 import types
 import typing
@@ -9,20 +10,28 @@ from typing import Any
 
 import msgspec
 
-from netnsd import __version__, wire
-from netnsd.api.routes import ROUTES, Route
+from netnsd import __version__, errors, wire
+from netnsd.api import constraints, problems
+from netnsd.api.routes import ROUTES, Permission, Route
 
 _REFS = "#/components/schemas/{name}"
 _IN_PATHS = {"ref": "a name, NAME.USER, or an id", "user": "a user's name or number"}
+_VERSION = {problems.VERSION_HEADER: {"description": "The daemon's version.", "required": True,
+                                      "schema": {"type": "string"}}}
+_AFTER = {"Retry-After": {"description": "Seconds after which to try again.", "required": False,
+                          "schema": {"type": "integer", "minimum": 0}}}
+# What any request can meet, whatever the route.
+_ALWAYS = frozenset({400, 408, 500, 503})
 
 
-def document() -> dict[str, Any]:
-    """The document that ``/openapi.json`` serves."""
+def document(published: tuple[int, int]) -> dict[str, Any]:
+    """The document that ``/openapi.json`` serves. ``published``: the range of host ports, inclusive."""
     known = {wire.ErrorAnswer, wire.Event}
     for route in ROUTES:
         known.update(_answers(route), [route.body] if route.body else [])
     ordered = sorted(known, key=lambda t: str(t.__name__))
     schemas, components = msgspec.json.schema_components(ordered, ref_template=_REFS)
+    constraints.apply(components, published)
     by_type = dict(zip(ordered, schemas, strict=True))
     paths: dict[str, dict[str, Any]] = {}
     for route in ROUTES:
@@ -33,10 +42,61 @@ def document() -> dict[str, Any]:
                  "description": "Environments: network namespaces with servers in them."},
         "paths": paths,
         "security": [{"bearer": []}, {}],
-        "components": {"schemas": components, "securitySchemes": {"bearer": {
-            "type": "http", "scheme": "bearer",
-            "description": "Over TCP: one of POST /v1/tokens. On the Unix socket none: the kernel says who asks."}}},
+        "components": {
+            "schemas": components,
+            "responses": {f"Error{status}": _error(status, codes, by_type[wire.ErrorAnswer])
+                          for status, codes in _codes().items()},
+            "securitySchemes": {"bearer": {
+                "type": "http", "scheme": "bearer",
+                "description": "Over TCP: one of POST /v1/tokens. On the Unix socket none: the kernel says who asks."}},
+        },
     }
+
+
+def _codes() -> dict[int, list[str]]:
+    """By status, the codes of the errors that a request can meet."""
+    found: dict[int, list[str]] = {}
+    for error in vars(errors).values():
+        # Those of the daemon's start, and the client's own, have none.
+        if (isinstance(error, type) and issubclass(error, errors.NetnsdError) and error is not errors.NetnsdError
+                and "status" in vars(error)):
+            found.setdefault(error.status, []).append(error.code)
+    return dict(sorted(found.items()))
+
+
+def _error(status: int, codes: list[str], schema: dict[str, Any]) -> dict[str, Any]:
+    narrow = {"properties": {"error": {"properties": {"code": {"enum": codes}}}}}
+    return {"description": f"{http.HTTPStatus(status).phrase}: {', '.join(codes)}.",
+            "headers": {**_VERSION, **(_AFTER if status == http.HTTPStatus.SERVICE_UNAVAILABLE else {})},
+            "content": {"application/json": {"schema": {"allOf": [schema, narrow]}}}}
+
+
+def _statuses(route: Route) -> list[int]:
+    """Those of the errors that a request of this route can meet."""
+    found = set(_ALWAYS)
+    if route.body is not None or route.query:
+        found |= {413, 422}
+    if "{ref}" in route.path or route.body is wire.CreateRequest:  # of a template
+        found |= {404}
+    if route.permission is Permission.ADMIN or route.body in (wire.CreateRequest, wire.TemplateRequest):
+        found |= {403}
+    if route.method != "GET":
+        found |= {409, 413}
+    if route.waits:
+        found |= {409, 504}
+    return sorted(found)
+
+
+def _links(route: Route) -> dict[str, Any]:
+    """What can be done with what was made, by its id."""
+    one = f"{route.path}/{{ref}}"
+    return {"links": {
+        _operation_id(other): {"operationId": _operation_id(other), "parameters": {"ref": "$response.body#/id"}}
+        for other in ROUTES if other.path.startswith(one)}} if route.status == http.HTTPStatus.CREATED else {}
+
+
+def _operation_id(route: Route) -> str:
+    return f"{route.method.lower()}{re.sub(r'[^a-z0-9]+', '_', route.path).rstrip('_')}"
 
 
 def _answers(route: Route) -> tuple[Any, ...]:
@@ -47,25 +107,29 @@ def _answers(route: Route) -> tuple[Any, ...]:
 
 
 def _operation(route: Route, by_type: dict[Any, Any]) -> dict[str, Any]:
-    error = {"description": "An error; branch on its code.",
-             "content": {"application/json": {"schema": by_type[wire.ErrorAnswer]}}}
     schemas = [by_type[answer] for answer in _answers(route)]
     content: dict[str, Any] = {route.content_type: {
-        "schema": {"anyOf": schemas} if len(schemas) > 1 else schemas[0] if schemas else {}}}
-    behind = {"202": {"description": "It is done behind this answer.", "content": content}}
+        "schema": {"anyOf": schemas} if len(schemas) > 1 else schemas[0] if schemas else {"type": "string"}}}
+    done = {str(route.status): "Done."} | ({"202": "It is done behind this answer."} if "wait" in route.query else {})
     operation: dict[str, Any] = {
-        "operationId": f"{route.method.lower()}{re.sub(r'[^a-z0-9]+', '_', route.path).rstrip('_')}",
+        "operationId": _operation_id(route),
         "summary": route.summary,
         "description": f"Permission: {route.permission.value}. Scope of a token: {route.scope}.",
         "parameters": [
-            *({"name": name, "in": "path", "required": True, "schema": {"type": "string"}, "description": meaning}
-              for name, meaning in _IN_PATHS.items() if f"{{{name}}}" in route.path),
-            *({"name": name, "in": "query", "required": False, "schema": {"type": "string"}, "description": meaning}
-              for name, meaning in route.query.items()),
+            *({"name": name, "in": "path", "required": True, "schema": {"type": "string", **constraints.REF},
+               "description": meaning} for name, meaning in _IN_PATHS.items() if f"{{{name}}}" in route.path),
+            *({"name": name, "in": "query", "required": False, "description": meaning,
+               "schema": constraints.QUERY.get(name, {"type": "string"})} for name, meaning in route.query.items()),
         ],
-        "responses": {str(route.status): {"description": "Done.", "content": content},
-                      **(behind if "wait" in route.query else {}), "4XX": error, "5XX": error},
+        "responses": {**{status: {"description": meaning, "headers": _VERSION, "content": content, **_links(route)}
+                         for status, meaning in done.items()},
+                      **{str(status): {"$ref": f"#/components/responses/Error{status}"}
+                         for status in _statuses(route)}},
     }
     if route.body is not None:
-        operation["requestBody"] = {"content": {"application/json": {"schema": by_type[route.body]}}}
+        # No body is {}.
+        operation["requestBody"] = {"required": any(field.required for field in msgspec.structs.fields(route.body)),
+                                    "content": {"application/json": {"schema": by_type[route.body]}}}
+        if example := constraints.EXAMPLES.get(route.body):
+            operation["requestBody"]["content"]["application/json"]["example"] = example
     return operation

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import enum
+import re
 from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable
 from dataclasses import dataclass, field
 from typing import Any
@@ -20,13 +21,17 @@ from netnsd.core.policies import Policies
 from netnsd.core.policy import Policy
 from netnsd.core.pool import MOST_SLOTS
 from netnsd.core.projects import Projects
-from netnsd.core.specification import check_labels
+from netnsd.core.specification import MAX_LABELS, check_labels
 from netnsd.core.templates import Templates
 from netnsd.core.tokens import Grant, Tokens
 from netnsd.core.waiting import Aim
-from netnsd.errors import Forbidden, InvalidRequest, NetnsdError, NotFound
+from netnsd.errors import Forbidden, InvalidLabel, InvalidRequest, NetnsdError, NotFound
 
-_MOST_WAIT_SECONDS = 24 * 3600.0
+MOST_WAIT_SECONDS = 24 * 3600
+MOST_TAIL = 10**9
+MOST_SEQ = 10**15
+# As in JSON: float() takes much that is no number to anybody else.
+_NUMBER = re.compile(r"(0|[1-9][0-9]*)(\.[0-9]+)?([eE][+-]?[0-9]+)?", re.ASCII)
 _AIMS: dict[str, Aim] = {"ready": "ready", "exit": "exit", "gone": "gone"}
 
 
@@ -81,18 +86,22 @@ class Call:
             raise InvalidRequest(f"query parameter {name} is not 0 or 1", hint=f"Write ?{name}=1.")
         return value == "1"
 
-    def number(self, name: str, default: float | None, most: float) -> float | None:
+    def number(self, name: str, default: float, most: float) -> float:
         """A query parameter that is a number from 0 to ``most``."""
-        value = self.text(name, "")
-        if not value:
+        if name not in self.query:
             return default
-        try:
-            number = float(value)
-        except ValueError:
-            number = -1.0
+        value = self.text(name, "")
+        number = float(value) if _NUMBER.fullmatch(value) else -1.0
         if not 0 <= number <= most:
             raise InvalidRequest(f"query parameter {name} is not a number from 0 to {most:g}", hint="Use digits.")
         return number
+
+    def count(self, name: str, most: int) -> int | None:
+        """A query parameter that is a whole number from 0 to ``most``; None where it is not given."""
+        number = self.number(name, 0, most)
+        if number != int(number):
+            raise InvalidRequest(f"query parameter {name} is not a whole number", hint="Use digits.")
+        return int(number) if name in self.query else None
 
 
 @dataclass(frozen=True, slots=True)
@@ -138,12 +147,16 @@ async def _list(call: Call) -> wire.EnvironmentList:
 
 
 def _labels(call: Call) -> dict[str, str]:
-    labels = {}
-    for item in call.query.get("label", []):
+    labels: dict[str, str] = {}
+    items = call.query.get("label", [])
+    if len(items) > MAX_LABELS:
+        raise InvalidLabel(f"{len(items)} labels are more than {MAX_LABELS}", hint="Use fewer.")
+    for item in items:
         key, equals, value = item.partition("=")
         if not equals:
             raise InvalidRequest("query parameter label is not k=v", hint="Write ?label=k=v.")
-        labels[key] = value
+        if labels.setdefault(key, value) != value:
+            raise InvalidLabel(f"label {key[:128]!r} is asked for with two values", hint="Nothing has both.")
     return check_labels(labels)
 
 
@@ -235,8 +248,7 @@ async def _wait(call: Call) -> wire.Environment | Nothing:
     if aim is None:
         raise InvalidRequest("query parameter for is not ready, exit or gone", hint="Write ?for=ready.")
     environment = call.context.environments.registry.find(call.ref, call.actor)
-    timeout = call.number("timeout", 60.0, _MOST_WAIT_SECONDS)
-    assert timeout is not None
+    timeout = call.number("timeout", 60.0, MOST_WAIT_SECONDS)
     await call.context.environments.wait(environment, aim, timeout)
     return Nothing() if aim == "gone" else views.environment(environment)
 
@@ -248,23 +260,21 @@ async def _logs(call: Call) -> AsyncIterator[bytes]:
     if service not in environment.services:
         raise NotFound(f"{environment.name!r} has no service {service[:80]!r}",
                        hint=f"It has {', '.join(names) or 'none'}.")
-    tail = call.number("tail", None, 1e9)
+    tail, follows = call.count("tail", MOST_TAIL), call.flag("follow")
 
     def goes_on() -> bool:
         current = environment.services[service]
         return current.state in ALIVE and environment.state != "removing"
 
-    return call.context.read_log(call.context.log_path(environment.id, service), None if tail is None else int(tail),
-                                 goes_on if call.flag("follow") else None)
+    return call.context.read_log(call.context.log_path(environment.id, service), tail, goes_on if follows else None)
 
 
 async def _events(call: Call) -> AsyncIterator[bytes]:
-    after = call.number("after", 0.0, 1e15)
-    assert after is not None
+    after = call.count("after", MOST_SEQ) or 0
     encode = msgspec.json.Encoder().encode
 
     async def lines() -> AsyncIterator[bytes]:
-        async with contextlib.aclosing(call.context.follow_events(call.actor.may_see, int(after))) as events:
+        async with contextlib.aclosing(call.context.follow_events(call.actor.may_see, after)) as events:
             async for event in events:
                 yield encode(event) + b"\n"
 
@@ -442,7 +452,7 @@ ROUTES: tuple[Route, ...] = (
           body=wire.StopRequest, scope="write"),
     Route("POST", _REF + "/restart", Permission.OWNER, _restart, "Stop and start its services", wire.Environment,
           body=wire.StopRequest, scope="write"),
-    Route("GET", _REF + "/wait", Permission.OWNER, _wait, "Wait for a state", wire.Environment,
+    Route("GET", _REF + "/wait", Permission.OWNER, _wait, "Wait for a state", wire.Environment | Nothing,
           query={"for": "ready, exit or gone", "timeout": "seconds, 60 by default"}, waits=True, scope="read"),
     Route("GET", _REF + "/logs", Permission.OWNER, _logs, "What a service wrote to stdout and stderr", None,
           content_type="application/octet-stream",

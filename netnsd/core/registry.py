@@ -66,9 +66,13 @@ class Blueprint:
         """Check everything of a request that needs no look at what there is. Raises Invalid*, Forbidden."""
         name = specification.name_of(request)
         variables = specification.check_variables(request.env)
+        # Also where no service is there to inherit them.
+        specification.check_circumstances(actor.home if request.cwd is None else request.cwd, request.umask,
+                                          request.limits)
         services = {
             service.name: Service(service.name, specification.command(
-                argv=service.command, env={**variables, **service.env}, cwd=service.cwd or request.cwd,
+                argv=service.command, env={**variables, **service.env},
+                cwd=request.cwd if service.cwd is None else service.cwd,
                 umask=request.umask, limits=request.limits,
                 setuid=request.setuid if service.setuid is None else service.setuid,
                 actor=actor, allow_setuid=settings.allow_setuid),

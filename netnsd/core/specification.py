@@ -40,11 +40,15 @@ RESOURCES = {"memory": (4 << 20, 1 << 50, "bytes"), "cpu": (0.01, 8192, "process
 _NAME = re.compile(r"[a-z0-9]([a-z0-9-]{0,61}[a-z0-9])?\Z")
 LABEL_KEY = re.compile(r"[A-Za-z0-9]([A-Za-z0-9._/-]{0,126}[A-Za-z0-9])?\Z")
 LABEL_VALUE_CHARACTERS = 256
-_SHARE = re.compile(r"(user|group):[^\s:,/\0]{1,64}\Z")
+# Controls, and what changes how a terminal shows what is beside it: separators, directions, characters without width.
+UNPRINTABLE = r"\u0000-\u001f\u007f-\u009f\u00ad\u061c\u180e\u200b-\u200f\u2028-\u202f\u2060-\u206f\ufeff\ufff9-\uffff"
+LABEL_VALUE = re.compile(f"[^{UNPRINTABLE}]{{0,{LABEL_VALUE_CHARACTERS}}}\\Z")
+GUEST = r"(user|group):[^\s\u0000-\u0020:,/]{1,64}"
+_SHARE = re.compile(rf"{GUEST}\Z")
 _PATH_CHARACTERS = 1024
 _PATH = re.compile(rf"/[!-~]{{0,{_PATH_CHARACTERS - 1}}}\Z")
-_HEALTH_RANGES = {"interval_seconds": (1, 86400), "timeout_seconds": (0.1, 3600), "retries": (1, 1000),
-                  "start_period_seconds": (0, 86400)}
+HEALTH_RANGES = {"interval_seconds": (1, 86400), "timeout_seconds": (0.1, 3600), "retries": (1, 1000),
+                 "start_period_seconds": (0, 86400)}
 LIMITS = frozenset({"as", "core", "cpu", "data", "fsize", "locks", "memlock", "msgqueue", "nice", "nofile", "nproc",
                      "rss", "rtprio", "rttime", "sigpending", "stack"})
 _DEFAULT_PATH = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
@@ -105,7 +109,7 @@ def check_labels(labels: Mapping[str, str]) -> dict[str, str]:
         if not LABEL_KEY.match(key):
             raise InvalidLabel(f"label {_shown(key)} is malformed",
                                hint="A key has letters, digits, '.', '_', '-' and '/'.", label=key[:128])
-        if len(value) > LABEL_VALUE_CHARACTERS or not value.isprintable():
+        if not LABEL_VALUE.match(value):
             raise InvalidLabel(f"the value of label {key!r} is malformed",
                                hint=f"A value has at most {LABEL_VALUE_CHARACTERS} printable characters.", label=key)
     return dict(labels)
@@ -170,7 +174,7 @@ def check_health(check: wire.HealthCheck | None) -> wire.HealthCheck | None:
                              hint=f"It begins with / and has at most {_PATH_CHARACTERS} printable ASCII characters.")
     if check.command is not None and not (check.command and check.command[0] and "\0" not in "".join(check.command)):
         raise InvalidRequest("health's command is empty or has a NUL", hint="Give a program and its arguments.")
-    for name, (least, most) in _HEALTH_RANGES.items():
+    for name, (least, most) in HEALTH_RANGES.items():
         if not least <= getattr(check, name) <= most:
             raise InvalidRequest(f"health's {name} {getattr(check, name):g} is not from {least:g} to {most:g}",
                                  hint="Leave it out for the default.")
@@ -212,6 +216,19 @@ def check_resources(resources: wire.Resources | None, defaults: wire.Resources) 
                              for name in RESOURCES})
 
 
+def check_circumstances(cwd: str, umask: int, limits: Mapping[str, int]) -> str:
+    """Return the directory when it is one, and the others are what the kernel takes. Raises InvalidCommand."""
+    if not cwd.startswith("/") or "\0" in cwd:
+        raise InvalidCommand(f"directory {_shown(cwd)} is not absolute", hint="Give a path from /.")
+    if not 0 <= umask <= 0o777:
+        raise InvalidCommand(f"umask {umask} is not from 0 to 511 (octal 777)", hint="Give permission bits.")
+    for name, value in limits.items():
+        if name not in LIMITS or value < -1 or value >= 1 << 63:
+            raise InvalidCommand(f"limit {_shown(name)} = {value} is not one of the kernel's",
+                                 hint=f"Known: {', '.join(sorted(LIMITS))}; -1 is unlimited.")
+    return cwd
+
+
 def command(*, argv: list[str], env: Mapping[str, str], cwd: str | None, umask: int, limits: Mapping[str, int],
             setuid: bool, actor: Actor, allow_setuid: bool) -> Command:
     """A command as ``actor``, with the variables that every login has where the client gave none.
@@ -222,15 +239,7 @@ def command(*, argv: list[str], env: Mapping[str, str], cwd: str | None, umask: 
         raise InvalidCommand("the command is empty", hint="Give a program and its arguments.")
     if any("\0" in argument for argument in argv):
         raise InvalidCommand("an argument has a NUL character", hint="The kernel cannot pass it.")
-    directory = cwd if cwd is not None else actor.home
-    if not directory.startswith("/") or "\0" in directory:
-        raise InvalidCommand(f"directory {_shown(directory)} is not absolute", hint="Give a path from /.")
-    if not 0 <= umask <= 0o777:
-        raise InvalidCommand(f"umask {umask} is not from 0 to 511 (octal 777)", hint="Give permission bits.")
-    for name, value in limits.items():
-        if name not in LIMITS or value < -1 or value >= 1 << 63:
-            raise InvalidCommand(f"limit {_shown(name)} = {value} is not one of the kernel's",
-                                 hint=f"Known: {', '.join(sorted(LIMITS))}; -1 is unlimited.")
+    directory = check_circumstances(cwd if cwd is not None else actor.home, umask, limits)
     if setuid and not allow_setuid:
         raise Forbidden("this host does not allow setuid programs in environments",
                         hint="Leave --setuid out, or ask an admin ([services] allow_setuid).")

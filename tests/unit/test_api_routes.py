@@ -207,6 +207,8 @@ async def test_unknown_paths_have_the_one_shape(served: Served, method: str, pat
 async def test_other_methods_have_the_one_shape(served: Served, method: str, path: str) -> None:
     answer = await served.ask(method, path)
     assert (answer.status, answer.code) == (405, "method_not_allowed")
+    taken = {route.method for route in ROUTES if route.path.replace("{ref}", "web") == path} or {"GET"}
+    assert set(answer.headers["allow"].split(", ")) - {"HEAD"} == taken
 
 
 @pytest.mark.parametrize("path", ["/v1/health", "/v1/environments", "/openapi.json", "/nothing", "/v1/events",
@@ -218,7 +220,8 @@ async def test_head_is_answered_without_a_body_and_the_connection_goes_on(served
         assert (await client.ask("GET", "/v1/health")).json == {"status": "ok"}
 
 
-@pytest.mark.parametrize("query", ["all=2", "all=true", "label=x", "label==v", "label=k", "all="])
+@pytest.mark.parametrize("query", ["all=2", "all=true", "label=x", "label==v", "label=k", "all=", "label=a=1&label=a=2",
+                                   "&".join(["label=a=1"] * 65)])
 async def test_bad_query_parameters_of_lists_are_named(served: Served, query: str) -> None:
     answer = await served.ask("GET", f"/v1/environments?{query}")
     assert answer.status == 422
@@ -226,10 +229,18 @@ async def test_bad_query_parameters_of_lists_are_named(served: Served, query: st
 
 
 @pytest.mark.parametrize("query", ["for=never", "timeout=x", "timeout=-1", "timeout=nan", "timeout=inf",
-                                   "timeout=1e300"])
+                                   "timeout=1e300", "timeout=", "timeout=1_0", "timeout=%201", "timeout=%D9%A1"])
 async def test_bad_query_parameters_of_waits_are_named(served: Served, query: str) -> None:
     await served.world.environments.create(request("web"), ALICE)
     answer = await served.ask("GET", f"/v1/environments/web/wait?{query}")
+    assert (answer.status, answer.code) == (422, "invalid_request")
+
+
+@pytest.mark.parametrize("path", ["/v1/environments/web/logs?tail=1.5", "/v1/environments/web/logs?tail=",
+                                  "/v1/environments/web/logs?follow=yes", "/v1/events?after=-1", "/v1/events?after=x"])
+async def test_bad_query_parameters_of_streams_are_named(served: Served, path: str) -> None:
+    await served.world.environments.create(request("web", "server"), ALICE)
+    answer = await served.ask("GET", path)
     assert (answer.status, answer.code) == (422, "invalid_request")
 
 
@@ -269,14 +280,14 @@ async def test_requests_are_refused_while_the_daemon_stops(served: Served) -> No
 async def test_openapi_covers_every_route_and_resolves(served: Served) -> None:
     document = (await served.ask("GET", "/openapi.json")).json
     assert document["openapi"] == "3.1.0"
-    assert document == json.loads(json.dumps(openapi.document()))
+    assert document == json.loads(json.dumps(openapi.document(served.world.environments.settings.published_range)))
     assert document["security"] == [{"bearer": []}, {}]
     assert document["components"]["securitySchemes"]["bearer"].items() >= {"type": "http", "scheme": "bearer"}.items()
     operations = {(method.upper(), path) for path, item in document["paths"].items() for method in item}
     assert operations == {(route.method, route.path) for route in ROUTES}
-    schemas = document["components"]["schemas"]
     for reference in re.findall(r'"\$ref": "([^"]*)"', json.dumps(document)):
-        assert reference.removeprefix("#/components/schemas/") in schemas, reference
+        kind, name = reference.removeprefix("#/components/").split("/")
+        assert name in document["components"][kind], reference
     identifiers = [operation["operationId"] for item in document["paths"].values() for operation in item.values()]
     assert len(set(identifiers)) == len(identifiers)
     for route in ROUTES:

@@ -1,0 +1,1 @@
+"""What anybody may send: requests made from the OpenAPI document, and against it."""

@@ -1,0 +1,166 @@
+"""schemathesis, as a user of the host: ``asking.py ORDER`` with JSON (see ``tests.fuzz.campaign``).
+
+It ends with schemathesis's exit status, after a line of JSON with what was asked and answered.
+"""
+
+from __future__ import annotations
+
+import collections
+import json
+import os
+import socket
+import sys
+from pathlib import Path
+from typing import Any
+
+import requests
+import schemathesis
+from requests.adapters import HTTPAdapter
+from schemathesis.cli import schemathesis as cli
+from schemathesis.generation.meta import StatefulPhaseData
+from urllib3.connection import HTTPConnection
+from urllib3.connectionpool import HTTPConnectionPool
+
+STREAMS = ("/logs", "/v1/events")
+SILENCE_SECONDS = 0.2
+ANSWER_SECONDS = 10.0
+# Refused although the schema allows it: for what a host has or lacks, or for what no schema can say.
+_RECENT = 8
+OF_THE_HOST = {"launch_failed", "limit_unavailable"}
+
+answers: collections.Counter[str] = collections.Counter()
+made: list[str] = []
+
+
+class Adapter(HTTPAdapter):
+    """HTTP over a Unix socket, or to a TCP address. Reads what never ends until it is silent."""
+
+    socket_path: str | None = None
+
+    def get_connection_with_tls_context(self, request: Any, verify: Any, proxies: Any = None, cert: Any = None) -> Any:
+        if self.socket_path is None:
+            return super().get_connection_with_tls_context(request, verify, proxies, cert)
+        return _UNIX
+
+    def send(self, request: requests.PreparedRequest, *arguments: Any, **options: Any) -> requests.Response:
+        path = str(request.path_url).partition("?")[0]
+        is_stream = request.method == "GET" and path.endswith(STREAMS)
+        options["timeout"] = (ANSWER_SECONDS, SILENCE_SECONDS) if is_stream else ANSWER_SECONDS
+        response = super().send(request, *arguments, **options)
+        answers[str(response.status_code)] += 1
+        if is_stream:
+            body = b""
+            try:
+                for part in response.raw.stream(65536):
+                    body += part
+            except Exception as error:  # which of urllib3's it is depends on where it waited
+                if "timed out" not in str(error).lower():
+                    raise
+            response._content = body
+            response.close()
+        return response
+
+
+class _UnixConnection(HTTPConnection):
+    def connect(self) -> None:
+        assert Adapter.socket_path is not None
+        self.sock = socket.socket(socket.AF_UNIX)
+        self.sock.settimeout(ANSWER_SECONDS)
+        self.sock.connect(Adapter.socket_path)
+
+
+class _UnixPool(HTTPConnectionPool):
+    ConnectionCls = _UnixConnection
+
+
+_UNIX = _UnixPool("localhost", maxsize=4)
+
+
+@schemathesis.hook
+def map_case(_context: Any, case: Any) -> Any:
+    """Make of a good request one that this host can serve, in the time that there is."""
+    is_good = case.meta.generation.mode.is_positive
+    # Of what is removed in bulk, behind the answer, or replaced, the checks of what there is do not know.
+    is_stateful = isinstance(case.meta.phase.data, StatefulPhaseData)
+    query = case.query or {}
+    if case.path.endswith("/wait"):
+        _bound(query, "timeout", 0.2, 86400, default=60)
+        case.query = query
+    if is_good and not is_stateful and "{ref}" in case.path and made and sum(answers.values()) % 3:
+        case.path_parameters = {"ref": made[-1 - sum(answers.values()) % min(len(made), _RECENT)]}
+    if is_good and query.get("label"):  # one value for each key
+        query["label"] = list({label.partition("=")[0]: label for label in query["label"]}.values())
+    if is_good and (case.method, case.path) == ("DELETE", "/v1/environments"):  # one of the three
+        wanted = {name: query[name] for name in ("ref", "label") if query.get(name)} or (
+            {"ref": ["none"]} if is_stateful else {"everything": "1"})
+        case.query = {"wait": query.get("wait", "1"), **dict([wanted.popitem()])}
+    if is_stateful and "wait" in query:
+        case.query = {**case.query, "wait": "1"}
+    if isinstance(case.body, dict):
+        for name, most, allowed in (("grace_seconds", 1, 3600), ("count", 3, 500), ("size", 3, 1000), ("warm", 1, 64)):
+            _bound(case.body, name, most, allowed)
+        if is_good:
+            wanted = case.body.get("specification", case.body)
+            if isinstance(wanted, dict):
+                _serve(wanted)
+            if case.body.get("count") and case.body.get("name"):  # NAME-3 is a name too
+                case.body["name"] = "n" + case.body["name"][1:50].strip("-")
+            if is_stateful:
+                case.body.pop("replace", None)
+    return case
+
+
+def _bound(values: dict[str, Any], name: str, most: float, allowed: float, *, default: float = 0) -> None:
+    """What is drawn from all that is allowed would take days."""
+    value = values.get(name, default)
+    if isinstance(value, (int, float)) and most < value <= allowed:
+        values[name] = most
+
+
+def _serve(wanted: dict[str, Any]) -> None:
+    """What no schema can say, and what only the host knows: commands that are there, directories, distinct ports."""
+    if services := wanted.get("services"):
+        wanted["services"] = list({service.get("name", "main"): service for service in services}.values())
+    else:
+        wanted.pop("services", None)
+    for one in (wanted, *wanted.get("services", [])):
+        if one.get("command"):
+            one["command"] = ["/bin/sleep" if len(one["command"]) % 2 else "/bin/true", "1000"]
+        if one.get("cwd") is not None:
+            one["cwd"] = "/"
+    ports = {(p.get("protocol", "tcp"), p["port"]): p for p in wanted.get("ports", [])}
+    if ports:
+        published = {(p.get("protocol", "tcp"), p.get("publish")): p for p in ports.values()}
+        wanted["ports"] = list(published.values())
+
+
+@schemathesis.check
+def refusals_are_of_the_host(_context: Any, response: Any, case: Any) -> None:
+    """``positive_data_acceptance`` lets 422 pass, as commands are found to be missing in that way. Only for them."""
+    code = response.json()["error"]["code"] if response.status_code >= 400 and response.content else ""
+    if response.status_code == 422 and case.meta is not None and case.meta.generation.mode.is_positive:
+        assert code in OF_THE_HOST, response.text
+    if response.status_code == 201 and "id" in (answer := response.json()):
+        made.append(answer["id"])
+    assert code != "internal", response.text
+
+
+def main() -> None:
+    """Run as a program."""
+    order = json.loads(sys.argv[1])
+    os.chdir(order["directory"])
+    Adapter.socket_path = order.get("socket")
+    adapter = Adapter()
+    requests.Session.get_adapter = lambda _self, url: adapter  # type: ignore[method-assign, assignment]
+    Path("schemathesis.toml").write_text(order["configuration"])
+    status = 0
+    try:
+        cli(["--config-file", "schemathesis.toml", "run", f"{order['url']}/openapi.json", *order["arguments"]])
+    except SystemExit as end:
+        status = int(end.code or 0)
+    print(json.dumps(answers))
+    sys.exit(status)
+
+
+if __name__ == "__main__":
+    main()
