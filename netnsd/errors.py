@@ -264,7 +264,7 @@ class LauncherUnavailable(NetnsdError):
 
 
 class StoreError(NetnsdError):
-    """The state file cannot be read or written (disk full, permissions). Nothing was changed."""
+    """The state file cannot be read or written (disk full, permissions), or is damaged. Nothing was changed."""
 
     code, status, exit_code = "store_error", 500, EXIT_FAILURE
 

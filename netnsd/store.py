@@ -19,6 +19,7 @@ from typing import Any
 import msgspec
 
 from netnsd import wire
+from netnsd.core import recorded
 from netnsd.core.addressing import Plan
 from netnsd.core.environment import Command, Environment, PublishedPort, Quota, Service, Template, Token
 from netnsd.core.policy import Policy
@@ -136,6 +137,7 @@ class SqliteStore:
             with _translated():
                 self._db = _open(directory / _FILE)
                 undo.callback(self._db.close)
+                self._require_whole()
             self._migrate()
             self._files = self._identities()
             undo.pop_all()
@@ -202,8 +204,8 @@ class SqliteStore:
         return {name: _identity(self._prefix + name) for name in (_FILE, *_BESIDE, _LOCK)}
 
     def environments(self) -> list[Environment]:
-        """See ``core.interfaces.Store``."""
-        with _translated():
+        """See ``core.interfaces.Store``. Raises StoreError also where something in it cannot be."""
+        with _translated(), _decoded("environments"):
             ports: dict[str, list[PublishedPort]] = {}
             for row in self._db.execute("SELECT * FROM ports ORDER BY rowid"):
                 ports.setdefault(row["environment"], []).append(
@@ -211,16 +213,17 @@ class SqliteStore:
             services: dict[str, dict[str, Service]] = {}
             for row in self._db.execute("SELECT * FROM services ORDER BY rowid"):
                 services.setdefault(row["environment"], {})[row["name"]] = _service(row)
-            return [
+            return recorded.environments([
                 Environment(
                     id=row["id"], name=row["name"], uid=row["uid"], user=row["user"],
-                    slot=self._slot(row["slot"]), netns=row["netns"], labels=json.loads(row["labels"]),
+                    slot=self._slot(row["slot"]), netns=row["netns"],
+                    labels=msgspec.json.decode(row["labels"], type=dict[str, str]),
                     share=row["share"], created_at=row["created_at"], boot_id=row["boot_id"],
                     stock=row["stock"], egress=row["egress"],
                     resources=msgspec.json.decode(row["resources"], type=wire.Resources),
                     ports=tuple(ports.get(row["id"], ())), state=row["state"], services=services.get(row["id"], {}))
                 for row in self._db.execute("SELECT * FROM environments ORDER BY rowid")
-            ]
+            ])
 
     def add(self, environment: Environment) -> None:
         """See ``core.interfaces.Store``."""
@@ -259,11 +262,12 @@ class SqliteStore:
 
     def templates(self) -> list[Template]:
         """See ``core.interfaces.Store``."""
-        with _translated():
-            return [Template(row["id"], row["name"], row["uid"], row["user"], row["gid"],
-                             tuple(json.loads(row["other_gids"])), row["warm"],
-                             msgspec.json.decode(row["specification"], type=wire.Specification), row["created_at"])
-                    for row in self._db.execute("SELECT * FROM templates ORDER BY rowid")]
+        with _translated(), _decoded("templates"):
+            return recorded.templates([
+                Template(row["id"], row["name"], row["uid"], row["user"], row["gid"],
+                         msgspec.json.decode(row["other_gids"], type=tuple[int, ...]), row["warm"],
+                         msgspec.json.decode(row["specification"], type=wire.Specification), row["created_at"])
+                for row in self._db.execute("SELECT * FROM templates ORDER BY rowid")])
 
     def add_template(self, template: Template) -> None:
         """See ``core.interfaces.Store``."""
@@ -382,6 +386,14 @@ class SqliteStore:
                 f"the state file has an environment in slot {index}, outside the configured supernet",
                 hint="Restore [network] supernet and bridge_ports, or remove environments first.") from error
 
+    def _require_whole(self) -> None:
+        """Look at every page: SQLite finds damage where it meets it, which is too late. A few milliseconds per MiB."""
+        for found in self._db.execute("PRAGMA integrity_check(1)"):
+            if found[0] != "ok":
+                raise recorded.refuse("SQLite", found[0])
+        for table, rowid, parent, _ in self._db.execute("PRAGMA foreign_key_check"):
+            raise recorded.refuse(table, f"row {rowid} is of none of the {parent}")
+
     def _migrate(self) -> None:
         with self.transaction():
             version = self._db.execute("PRAGMA user_version").fetchone()[0]
@@ -431,9 +443,20 @@ def _version_of(file: Path) -> int:
 def _translated() -> Iterator[None]:
     try:
         yield
-    except sqlite3.Error as error:
-        raise StoreError(f"the state file: {error}",
-                         hint="Is the disk of the state directory full, or not writable?") from error
+    except (sqlite3.Error, UnicodeDecodeError) as error:  # the latter: of a message that names what is damaged
+        hint = "Is the disk of the state directory full, or not writable?"
+        if not isinstance(error, sqlite3.OperationalError):  # not a database, malformed, or text that is none
+            hint = recorded.HINT
+        raise StoreError(f"the state file: {error}", hint=hint) from error
+
+
+@contextmanager
+def _decoded(table: str) -> Iterator[None]:
+    """For what is read: JSON that is none, a column that is not there, a value of another type."""
+    try:
+        yield
+    except (msgspec.MsgspecError, IndexError, TypeError, ValueError, AttributeError, RecursionError) as error:
+        raise recorded.refuse(table, error) from error
 
 
 def _make(path: Path) -> None:
@@ -492,11 +515,7 @@ def _dumped(command: Command) -> str:
 def _service(row: sqlite3.Row) -> Service:
     check = row["health_check"]
     return Service(
-        row["name"], _command(row["command"]), row["state"], row["pid"], row["launch_id"], row["exit_code"],
-        row["restart"], None if check is None else msgspec.json.decode(check, type=wire.HealthCheck),
+        row["name"], msgspec.json.decode(row["command"], type=Command), row["state"], row["pid"], row["launch_id"],
+        row["exit_code"], row["restart"],
+        None if check is None else msgspec.json.decode(check, type=wire.HealthCheck),
         row["restarts"], row["tries"], row["health"])
-
-
-def _command(text: str) -> Command:
-    fields = json.loads(text)
-    return Command(**{**fields, "argv": tuple(fields["argv"]), "groups": tuple(fields["groups"])})

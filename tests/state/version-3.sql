@@ -19,7 +19,7 @@ INSERT INTO "environments" VALUES('5f0c7f1e-0000-4000-8000-000000000001','web',1
 INSERT INTO "environments" VALUES('5f0c7f1e-0000-4000-8000-000000000002','web',1002,'bob',7,'web.bob','{}','owner','removing','2026-11-20T10:00:01.000000Z','boot','','{}');
 INSERT INTO "environments" VALUES('5f0c7f1e-0000-4000-8000-000000000003','lab',1001,'alice',3,'lab','{}','owner','creating','2026-11-20T10:00:02.000000Z','earlier boot','','{}');
 INSERT INTO "environments" VALUES('5f0c7f1e-0000-4000-8000-000000000004','shop-0a1b2c3d',1001,'alice',4,'shop-0a1b2c3d','{"app": "shop"}','owner','ready','2026-11-21T10:00:03.000000Z','boot','6e0c7f1e-0000-4000-8000-000000000001','{}');
-INSERT INTO "environments" VALUES('5f0c7f1e-0000-4000-8000-000000000005','kept',1002,'bob',5,'kept','{}','owner','ready','2026-11-22T10:00:00.000000Z','boot','','{"pids":64}');
+INSERT INTO "environments" VALUES('5f0c7f1e-0000-4000-8000-000000000005','kept',1001,'alice',5,'kept','{}','owner','ready','2026-11-22T10:00:00.000000Z','boot','','{"pids":64}');
 CREATE TABLE ports (
     environment TEXT NOT NULL REFERENCES environments (id) ON DELETE CASCADE,
     port INTEGER NOT NULL,

@@ -54,8 +54,8 @@ def near(*bounds: float) -> st.SearchStrategy[Any]:
 
 
 TEXT = st.sampled_from(["", "a", "web", "-a", "a-", "a" * 63, "a" * 64, "A", "a.b", "/", "/srv", "srv", "a\0", "\0",
-                        "a=b", "a/b", "k" * 128, "k" * 129, "v" * 256, "v" * 257, " ", "\n", "a\n", "\x1b", "\x7f", "\xa0",
-                        "ü", "\u202e", "\ufeff", "\U0001f600", "owner", "allow", "nofile", "host"])
+                        "a=b", "a/b", "k" * 128, "k" * 129, "v" * 256, "v" * 257, " ", "\n", "a\n", "\x1b", "\x7f",
+                        "\xa0", "ü", "\u202e", "\ufeff", "\U0001f600", "owner", "allow", "nofile", "host"])
 PORTS = near(0, 1, 65535, 20000, 29999)
 COMMANDS = st.none() | st.lists(TEXT, max_size=2)
 TEXTS = st.dictionaries(TEXT, TEXT, max_size=2)

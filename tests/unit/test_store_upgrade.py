@@ -67,7 +67,7 @@ def environments(version: int) -> list[Environment]:
             services={"web": Service("web", WEB, "running", 4243, "launch-shop")}))
     if version >= 3:
         found.append(Environment(
-            id="5f0c7f1e-0000-4000-8000-000000000005", name="kept", uid=1002, user="bob", slot=PLAN.slot(5),
+            id="5f0c7f1e-0000-4000-8000-000000000005", name="kept", uid=1001, user="alice", slot=PLAN.slot(5),
             netns="kept", labels={}, share="owner", created_at="2026-11-22T10:00:00.000000Z", boot_id="boot",
             resources=wire.Resources(pids=64), state="ready",
             services={"web": Service("web", WEB, "restarting", None, "launch-kept", 1, "on-failure",
@@ -140,7 +140,7 @@ def test_what_is_new_is_kept_in_a_file_that_was_upgraded(tmp_path: Path, version
         [old, *_] = store.environments()
         service = Service("main", JOB, restart="on-failure", check=check)
         new = Environment(
-            id="new", name="new", uid=1, user="u", slot=PLAN.slot(9), netns="new", labels={}, share="owner",
+            id="new", name="new", uid=1002, user="bob", slot=PLAN.slot(9), netns="new", labels={}, share="owner",
             created_at="2027", boot_id="b", resources=wire.Resources(pids=64), services={"main": service})
         restarted = service.changed(state="restarting", restarts=3, tries=2, exit_code=1)
         healthy = old.services["web"].changed(health="healthy")
