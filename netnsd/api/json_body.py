@@ -12,7 +12,7 @@ from netnsd.errors import BadJson, InvalidRequest
 
 T = TypeVar("T")
 _LARGE_BYTES = 32 << 10
-_EXACT = 2.0**53  # beyond it there are whole numbers that a float does not hold
+_WHOLE = 2.0**64  # no field takes as much
 
 
 def parse(body: bytes, kind: type[T]) -> T:
@@ -55,7 +55,7 @@ def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 def _number(text: str) -> float | int:
     """To JSON's schemas 3.0 is a whole number as good as 3."""
     number = float(text)
-    return int(number) if number.is_integer() and abs(number) < _EXACT else number
+    return int(number) if number.is_integer() and abs(number) < _WHOLE else number
 
 
 def _constant(name: str) -> None:

@@ -23,6 +23,7 @@ PROTOCOL = 2
 HEADER = struct.Struct("=HHQ")  # protocol, Kind, the request's id (0: not an answer)
 MAX_MESSAGE_BYTES = 32768
 MAX_ENCLOSED_BYTES = 16384
+MAX_SEALED_BYTES = 16 << 20  # far more than a request may have, or exec takes
 MAX_DESCRIPTORS = 4
 SEALS = fcntl.F_SEAL_WRITE | fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW
 
@@ -59,7 +60,10 @@ def decode(data: bytes) -> tuple[Kind, dict[str, Any]]:
     protocol, kind, _request = HEADER.unpack_from(data)
     if protocol != PROTOCOL:
         raise ValueError(f"protocol {protocol} is not spoken here, {PROTOCOL} is")
-    body = json.loads(data[HEADER.size :].partition(b"\0")[0])
+    try:
+        body = json.loads(data[HEADER.size :].partition(b"\0")[0])
+    except RecursionError as error:
+        raise ValueError("a message that is nested too deep") from error
     if not isinstance(body, dict):
         raise ValueError("a message without an object")  # noqa: TRY004  # malformed, as a value
     return Kind(kind), body
@@ -81,10 +85,12 @@ def sealed_memfd(data: bytes) -> int:
 
 
 def read_sealed(fd: int) -> bytes:
-    """All of a memfd. Raises ValueError where it is not sealed, as its writer could change it meanwhile."""
+    """All of a memfd. Raises ValueError where it is not sealed, as its writer could change it meanwhile, or huge."""
     try:
         if fcntl.fcntl(fd, fcntl.F_GET_SEALS) & SEALS != SEALS:
             raise ValueError("the order is not sealed")
+        if os.fstat(fd).st_size > MAX_SEALED_BYTES:
+            raise ValueError("the order is too long")
         parts, offset = [], 0
         while part := os.pread(fd, 1 << 20, offset):
             parts.append(part)

@@ -89,7 +89,7 @@ class Order:
             self.uid = _id(fields["uid"])
             self.gid = _id(fields["gid"])
             self.groups = [_id(group) for group in fields["groups"]]
-            self.umask = int(fields["umask"]) & 0o777
+            self.umask = _whole(fields["umask"]) & 0o777
             self.limits = _limits(fields["limits"])
             self.hard_limits = _limits(fields["hard_limits"])
             self.setuid = bool(fields["setuid"])
@@ -112,6 +112,12 @@ def _text(value: Any) -> str:
 
 def _bytes(value: Any) -> bytes:
     return _text(value).encode("utf-8", "surrogateescape")
+
+
+def _whole(value: Any) -> int:
+    if not isinstance(value, int):
+        raise ValueError("malformed order: not a whole number")  # noqa: TRY004  # malformed, as a value
+    return value
 
 
 def _id(value: Any) -> int:

@@ -15,11 +15,13 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+import msgspec
 import trio
 
 from netnsd.core.interfaces import Exited, Launch, Running
 from netnsd.errors import LauncherUnavailable, LaunchFailed
 from netnsd.kernel import _messages, launcher
+from netnsd.kernel._answers import Ended, Failure, Known, Pid, not_understood, understood
 from netnsd.kernel._messages import HEADER, Kind, decode, encode, read_sealed, receive, sealed_memfd, send
 from netnsd.kernel._order import StageError
 
@@ -101,8 +103,7 @@ class LauncherProcesses:
                                  "ETIMEDOUT") from error
         if request.answer_fd is not None:
             os.close(request.answer_fd)
-        pid: int = request.body["pid"]
-        return pid
+        return understood(request.body.get("pid"), Pid)
 
     def prepare(self, cgroup: str) -> None:
         """Have a child born in this group, that becomes the next command to be launched there in half of the time.
@@ -133,12 +134,15 @@ class LauncherProcesses:
     async def known(self) -> tuple[Sequence[Running], Sequence[Exited]]:
         """What runs, and the ends that were not yet acknowledged. Raises LauncherUnavailable."""
         request = await self._ask(Kind.KNOWN, [])
-        assert request.answer_fd is not None
+        if request.answer_fd is None:
+            raise not_understood("it does not say what runs")
         try:
-            known = json.loads(read_sealed(request.answer_fd))
+            known = understood(json.loads(read_sealed(request.answer_fd)), Known)
+        except (ValueError, RecursionError) as error:
+            raise not_understood(error) from error
         finally:
             os.close(request.answer_fd)
-        return [Running(*one) for one in known["running"]], [Exited(*one) for one in known["exits"]]
+        return [Running(*one) for one in known.running], [Exited(*one) for one in known.exits]
 
     def acknowledge(self, launch_id: str) -> None:
         """Its end is stored: the launcher may forget this launch. Lost with a connection, as it is told again then."""
@@ -218,7 +222,7 @@ class LauncherProcesses:
         if request.failure is not None:
             raise LauncherUnavailable(request.failure, hint="Look at the daemon's log, or try again.")
         if "failure" in request.body:
-            raise _launch_failed(**request.body["failure"])
+            raise _launch_failed(**msgspec.structs.asdict(understood(request.body["failure"], Failure)))
         return request
 
     def _check_connected(self) -> None:
@@ -259,7 +263,8 @@ class LauncherProcesses:
     def _handle(self, data: bytes, fds: list[int]) -> None:
         kind, body = decode(data)
         if kind is Kind.EXIT:
-            self._tell_exit.send_nowait(Exited(body["launch_id"], body["code"]))
+            ended = understood(body, Ended)
+            self._tell_exit.send_nowait(Exited(ended.launch_id, ended.code))
             return
         request = self._asked.pop(HEADER.unpack_from(data)[2], None)
         if request is None:
@@ -322,8 +327,9 @@ class LauncherProcesses:
                                 os.close(fd)
                 except BlockingIOError:
                     continue
-                # A peer that does not speak as we do is lost too, and so is one whose words cannot be taken (ENOMEM).
-                except (OSError, ValueError, KeyError):
+                # One whose words cannot be taken (ENOMEM), or understood, is lost too. It may say the same again.
+                except (OSError, ValueError, LauncherUnavailable):
+                    await trio.sleep(FIRST_PAUSE_SECONDS)
                     nursery.cancel_scope.cancel()
                     return
 
@@ -363,18 +369,18 @@ class LauncherProcesses:
                 await trio.lowlevel.wait_readable(sock)
             data, _fds = receive(sock)
             kind, body = decode(data)
-        except (OSError, ValueError, trio.TooSlowError) as error:
+            pid = None if kind is not Kind.HELLO else understood(body.get("pid"), Pid)
+        except (OSError, ValueError, LauncherUnavailable, trio.TooSlowError) as error:
             sock.close()
             raise LauncherUnavailable(f"the launcher at {self._socket_path} does not answer: {error}") from error
         except BaseException:
             sock.close()
             raise
-        self._launcher_pid = body.get("pid")
-        if kind is not Kind.HELLO:
+        self._launcher_pid = self.launcher_pid = pid
+        if pid is None:
             sock.close()
             raise LauncherUnavailable(f"the launcher at {self._socket_path} refused: {body.get('message')}",
                                       hint="It may be of another version: it ends on SIGTERM, and servers go on.")
-        self.launcher_pid = body.get("pid")
         self._joins = bool(body.get("joins"))
         return sock
 

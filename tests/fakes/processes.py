@@ -164,7 +164,9 @@ class FakeProcesses:
     async def attach(self, launch: Launch, connection: int) -> int:
         await trio.lowlevel.checkpoint()
         self.attached.append((launch, connection))
-        return os.open("/dev/null", os.O_RDONLY | os.O_CLOEXEC)  # a session that has ended
+        reading, writing = os.pipe()
+        os.close(writing)
+        return reading  # of a session that has ended
 
     async def known(self) -> tuple[Sequence[Running], Sequence[Exited]]:
         await trio.lowlevel.checkpoint()

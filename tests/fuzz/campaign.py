@@ -17,6 +17,7 @@ from tests.soak import samples
 from tests.soak.figures import Row
 from tests.soak.samples import Sample
 
+USERS = (ALICE, CAROL)
 _SPARE_SECONDS = 90.0
 _ROUND_SECONDS = 60.0
 _CONFIGURATION = """
@@ -59,7 +60,7 @@ class Campaign:
     def run(self, seconds: float, seed: int) -> None:
         """As many rounds as there is time for, at least one of each user over each listener."""
         deadline = time.monotonic() + seconds
-        pairs = [(listener, user) for listener in LISTENERS for user in (ALICE, CAROL)]
+        pairs = [(listener, user) for listener in LISTENERS for user in USERS]
         length = min(seconds / len(pairs), _ROUND_SECONDS)
         number = 0
         while number < len(pairs) or time.monotonic() + length <= deadline:
@@ -69,13 +70,14 @@ class Campaign:
         assert self.daemon.process.poll() is None, "the daemon has ended"
 
     def rows(self) -> list[Row]:
-        """What is bounded of it."""
+        """What is bounded of it; of growth, from when each user has asked."""
+        warm = self.seen[1:] if len(self.seen) > len(USERS) else self.seen
         return [*(Row(f"requests over {name}", None, counts.total(), None) for name, counts in self.answers.items()),
                 *(Row(f"answers {status} over {name}", None, count, 0 if status == "500" else None)
                   for name, counts in self.answers.items() for status, count in sorted(counts.items())),
                 Row("rounds in which a check failed", None, len(self.failures), 0),
                 Row("differences that doctor found", None, len(self.differences), 0),
-                *samples.compared(self.seen, self.seen)]
+                *samples.compared(warm, warm)]
 
     def _round(self, listener: Listener, user: User, seconds: float, seed: int) -> None:
         holds, answers, text = _ask(self.daemon, user, seconds, seed, listener.order(self.daemon, user))
@@ -85,11 +87,12 @@ class Campaign:
             self.failures.append(f"{user} over {listener.name}, seed {seed}:\n{text}")
         if "request_failed" in self.daemon.log():
             self.failures.append(f"a fault in the daemon:\n{self.daemon.log()[-8000:]}")
-        self.tell(f"{user} over {listener.name}, seed {seed}: {sum(answers.values())} requests, "
-                  f"{'all checks hold' if holds else 'CHECKS FAILED'}; {counts.total()} in all")
         self._clear(user)
         self.differences += samples.differences(self.daemon)
         self.seen.append(samples.take(self.daemon, 0, counts.total()))
+        self.tell(f"{user} over {listener.name}, seed {seed}: {sum(answers.values())} requests, "
+                  f"{'all checks hold' if holds else 'CHECKS FAILED'}; {counts.total()} in all, "
+                  f"{self.seen[-1].values['daemon: resident']:.1f} MiB")
 
     def _clear(self, user: User) -> None:
         """Remove all that the user made."""

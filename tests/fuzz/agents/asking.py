@@ -83,9 +83,6 @@ def map_case(_context: Any, case: Any) -> Any:
     # Of what is removed in bulk, behind the answer, or replaced, the checks of what there is do not know.
     is_stateful = isinstance(case.meta.phase.data, StatefulPhaseData)
     query = case.query or {}
-    if case.path.endswith("/wait"):
-        _bound(query, "timeout", 0.2, 86400, default=60)
-        case.query = query
     if is_good and not is_stateful and "{ref}" in case.path and made and sum(answers.values()) % 3:
         case.path_parameters = {"ref": made[-1 - sum(answers.values()) % min(len(made), _RECENT)]}
     if is_good and query.get("label"):  # one value for each key
@@ -108,6 +105,14 @@ def map_case(_context: Any, case: Any) -> Any:
             if is_stateful:
                 case.body.pop("replace", None)
     return case
+
+
+@schemathesis.hook
+def before_call(_context: Any, case: Any, _arguments: Any) -> None:
+    """Wait for a moment only: also where schemathesis tries the longest time that there is."""
+    if case.path.endswith("/wait"):
+        case.query = dict(case.query or {})
+        _bound(case.query, "timeout", 0.2, 86400, default=60)
 
 
 def _bound(values: dict[str, Any], name: str, most: float, allowed: float, *, default: float = 0) -> None:
