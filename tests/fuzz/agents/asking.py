@@ -8,6 +8,7 @@ from __future__ import annotations
 import collections
 import json
 import os
+import re
 import socket
 import sys
 from pathlib import Path
@@ -112,12 +113,13 @@ def before_call(_context: Any, case: Any, _arguments: Any) -> None:
     """Wait for a moment only: also where schemathesis tries the longest time that there is."""
     if case.path.endswith("/wait"):
         case.query = dict(case.query or {})
-        _bound(case.query, "timeout", 0.2, 86400, default=60)
+        if re.fullmatch("[0-9.]+", str(case.query.get("timeout", "60"))):
+            case.query["timeout"] = min(float(case.query.get("timeout", "60")), 0.2)
 
 
-def _bound(values: dict[str, Any], name: str, most: float, allowed: float, *, default: float = 0) -> None:
+def _bound(values: dict[str, Any], name: str, most: float, allowed: float) -> None:
     """What is drawn from all that is allowed would take days."""
-    value = values.get(name, default)
+    value = values.get(name)
     if isinstance(value, (int, float)) and most < value <= allowed:
         values[name] = most
 
