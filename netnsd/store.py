@@ -286,8 +286,9 @@ class SqliteStore:
 
     def tokens(self) -> list[Token]:
         """See ``core.interfaces.Store``."""
-        with _translated():
-            return [Token(**dict(row)) for row in self._db.execute("SELECT * FROM tokens ORDER BY rowid")]
+        with _translated(), _decoded("tokens"):
+            rows = self._db.execute("SELECT * FROM tokens ORDER BY rowid")
+            return recorded.tokens([Token(**dict(row)) for row in rows])
 
     def add_token(self, token: Token) -> None:
         """See ``core.interfaces.Store``."""

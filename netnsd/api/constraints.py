@@ -13,10 +13,12 @@ from netnsd.api.routes import MOST_SEQ, MOST_TAIL, MOST_WAIT_SECONDS
 from netnsd.core import specification as spec
 from netnsd.core.pool import MOST_SLOTS
 from netnsd.core.templates import MOST_WARM
+from netnsd.core.tokens import MOST_SECONDS
 
 NAME = {"pattern": "^[a-z0-9]([a-z0-9-]{0,61}[a-z0-9])?$"}
 _KEY = "[A-Za-z0-9]([A-Za-z0-9._/-]{0,126}[A-Za-z0-9])?"
 _VALUE = f"[^{spec.UNPRINTABLE}]{{0,256}}"
+_PART = {"type": "string", "pattern": f"^{_VALUE.replace('{0,', '{1,')}$"}
 LABEL = {"pattern": f"^{_KEY}={_VALUE}$"}
 # Of an environment or a template: NAME, NAME.USER or an id, which has the shape of a name.
 REF = {"pattern": r"^[a-z0-9]([a-z0-9-]{0,61}[a-z0-9])?(\.[^/\u0000-\u0020%?#.]{1,32})?$"}
@@ -28,6 +30,7 @@ QUERY: dict[str, dict[str, Any]] = {
     "for": {"type": "string", "enum": ["ready", "exit", "gone"]},
     "timeout": {"type": "number", "minimum": 0, "maximum": MOST_WAIT_SECONDS},
     "service": {"type": "string", **NAME},
+    "dev_id": _PART, "project": _PART, "id": {"type": "string", **NAME},
     "tail": {"type": "integer", "minimum": 0, "maximum": MOST_TAIL},
     "after": {"type": "integer", "minimum": 0, "maximum": MOST_SEQ},
 }
@@ -46,12 +49,14 @@ def _between(least: float, most: float) -> dict[str, Any]:
     return {"minimum": least, "maximum": most}
 
 
+_LABELS = {"maxProperties": spec.MAX_LABELS, "propertyNames": {"pattern": f"^{_KEY}$"}}
+_SHARE = {"pattern": f"^(owner|host|lan|{spec.GUEST}(,{spec.GUEST}){{0,{spec.MAX_SHARES - 1}}})$"}
+_EGRESS = {"enum": ["allow"]}
 _SPECIFICATION: dict[str, dict[str, Any]] = {
     "command": _COMMAND, "services": {"maxItems": spec.MAX_SERVICES}, "ports": {"maxItems": spec.MAX_PORTS},
     "env": _VARIABLES, "cwd": _DIRECTORY, "umask": _UMASK, "limits": _LIMITS,
-    "labels": {"maxProperties": spec.MAX_LABELS, "propertyNames": {"pattern": f"^{_KEY}$"},
-               "additionalProperties": {"type": "string", "pattern": f"^{_VALUE}$"}},
-    "share": {"pattern": f"^(owner|host|lan|{spec.GUEST}(,{spec.GUEST}){{0,{spec.MAX_SHARES - 1}}})$"}, "egress": {"enum": ["allow"]},
+    "labels": {**_LABELS, "additionalProperties": {"type": "string", "pattern": f"^{_VALUE}$"}},
+    "share": _SHARE, "egress": _EGRESS,
 }
 FIELDS: dict[str, dict[str, dict[str, Any]]] = {
     "PortRequest": {"port": _PORT},
@@ -61,7 +66,13 @@ FIELDS: dict[str, dict[str, dict[str, Any]]] = {
     "ServiceRequest": {"name": NAME, "command": _COMMAND, "env": _VARIABLES, "cwd": _DIRECTORY},
     "Specification": _SPECIFICATION,
     "CreateRequest": {**_SPECIFICATION, "name": NAME, "count": _between(1, spec.MAX_COUNT), "template": NAME},
+    "ChangeRequest": {"share": _SHARE, "egress": _EGRESS, "labels": {
+        **_LABELS,
+        "additionalProperties": {"anyOf": [{"type": "string", "pattern": f"^{_VALUE}$"}, {"type": "null"}]}}},
     "TemplateRequest": {"name": NAME, "warm": _between(0, MOST_WARM)},
+    "TokenRequest": {"name": NAME, "expires_seconds": _between(1, MOST_SECONDS)},
+    "ProjectRequest": {"dev_id": _PART, "project": _PART},
+    "ProjectReference": {"dev_id": _PART, "project": _PART, "id": NAME},
     "PoolRequest": {"size": _between(0, MOST_SLOTS)},
     "StopRequest": {"grace_seconds": _between(0, 3600)},
 }
@@ -91,6 +102,8 @@ RULES: dict[str, list[dict[str, Any]]] = {
                     {"anyOf": [_both("http", "port"), {"not": {"anyOf": [_given("http"), _given("port")]}}]}],
     "Specification": [_COMMAND_OR_SERVICES, _HEALTH_OF_COMMAND],
     "CreateRequest": [_COMMAND_OR_SERVICES, _HEALTH_OF_COMMAND],
+    "ProjectReference": [{"oneOf": [_given("id"), _both("dev_id", "project")]},
+                         {"not": _both("id", "dev_id")}, {"not": _both("id", "project")}],
 }
 
 

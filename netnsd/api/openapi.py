@@ -12,7 +12,7 @@ import msgspec
 
 from netnsd import __version__, errors, wire
 from netnsd.api import constraints, problems
-from netnsd.api.routes import ROUTES, Permission, Route
+from netnsd.api.routes import ROUTES, Route
 
 _REFS = "#/components/schemas/{name}"
 _IN_PATHS = {"ref": "a name, NAME.USER, or an id", "user": "a user's name or number"}
@@ -21,7 +21,7 @@ _VERSION = {problems.VERSION_HEADER: {"description": "The daemon's version.", "r
 _AFTER = {"Retry-After": {"description": "Seconds after which to try again.", "required": False,
                           "schema": {"type": "integer", "minimum": 0}}}
 # What any request can meet, whatever the route.
-_ALWAYS = frozenset({400, 408, 500, 503})
+_ALWAYS = frozenset({400, 401, 403, 408, 429, 500, 503})
 
 
 def document(published: tuple[int, int]) -> dict[str, Any]:
@@ -76,14 +76,14 @@ def _statuses(route: Route) -> list[int]:
     found = set(_ALWAYS)
     if route.body is not None or route.query:
         found |= {413, 422}
-    if "{ref}" in route.path or route.body is wire.CreateRequest:  # of a template
+    if "{ref}" in route.path or route.path.startswith("/api/") or route.body is wire.CreateRequest:  # of a template
         found |= {404}
-    if route.permission is Permission.ADMIN or route.body in (wire.CreateRequest, wire.TemplateRequest):
-        found |= {403}
     if route.method != "GET":
         found |= {409, 413}
     if route.waits:
         found |= {409, 504}
+    if route.path.startswith("/api/"):  # by a pair, which may be another's now
+        found |= {409}
     return sorted(found)
 
 

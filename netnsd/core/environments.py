@@ -306,6 +306,7 @@ class Environments:
         """
         share = specification.check_share(environment.share if request.share is None else request.share)
         egress = specification.check_egress(environment.egress if request.egress is None else request.egress)
+        specification.check_labels({name: value or "" for name, value in request.labels.items()})  # those to go, too
         guests = environment.guests if request.share is None else await self._sharing.guests(share)
         async with self._ready(environment):
             before = replace(environment)

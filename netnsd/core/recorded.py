@@ -6,6 +6,7 @@ the rest of core, is refused: a rule for requests that has grown stricter since 
 
 from __future__ import annotations
 
+import datetime
 import ipaddress
 import re
 from collections import Counter
@@ -14,7 +15,7 @@ from typing import get_args
 
 from netnsd import wire
 from netnsd.core import specification
-from netnsd.core.environment import Command, Environment, PublishedPort, Service, StoredState, Template
+from netnsd.core.environment import Command, Environment, PublishedPort, Service, StoredState, Template, Token
 from netnsd.errors import NetnsdError, StoreError
 
 HINT = ("Nothing was changed. Put a copy of it back, or move it away: environments end then at the next start."
@@ -22,6 +23,7 @@ HINT = ("Nothing was changed. Put a copy of it back, or move it away: environmen
 
 _ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9-]{0,63}\Z")
 _NETNS = re.compile(r"[a-z0-9][A-Za-z0-9_.@-]{0,126}\Z")  # a name, or name and user: see Registry
+_HASH_BYTES = 32  # SHA-256
 _MOST_ID = 2**32 - 2  # (uid_t)-1 means "unchanged" to setresuid(2)
 
 
@@ -58,6 +60,26 @@ def templates(found: list[Template]) -> list[Template]:
     return found
 
 
+def tokens(found: list[Token]) -> list[Token]:
+    """Return them when each can be: a scope that is none, or a time, must not let anybody in. Raises StoreError."""
+    for token in found:
+        try:
+            for what in (token.id, token.name, token.user, token.created_at):
+                _text("a text", what)
+            _require(_ID.match(token.id) is not None, "id")
+            specification.check_name(token.name)
+            _id(token.uid)
+            _require(isinstance(token.hash, bytes) and len(token.hash) == _HASH_BYTES, "hash")
+            _require(token.scope in get_args(wire.Scope), "scope")
+            _require(token.parent is None or token.parent in {other.id for other in found}, "parent")
+            if token.expires_at is not None:
+                _time(token.expires_at)
+        except NetnsdError as error:
+            raise refuse(f"token {token.id!r}", error.message) from error
+    _require_unique("id", [t.id for t in found])
+    return found
+
+
 def refuse(what: str, why: object) -> StoreError:
     """The error for something in the state file that cannot be."""
     return StoreError(f"the state file is damaged: {what[:200]}: {str(why)[:300]}", hint=HINT)
@@ -71,6 +93,8 @@ def _environment(e: Environment) -> None:
     specification.check_name(e.name)
     _id(e.uid)
     _require(e.state in get_args(StoredState), "state")
+    specification.check_share(e.share)
+    specification.check_egress(e.egress)
     specification.check_resources(e.resources)
     for port in e.ports:
         _port(port)
@@ -127,6 +151,14 @@ def _text(what: str, value: object) -> None:
 
 def _number(what: str, value: object, least: int, most: int) -> None:
     _require(type(value) is int and least <= value <= most, what)
+
+
+def _time(value: object) -> None:
+    _text("a time", value)
+    try:
+        _require(datetime.datetime.fromisoformat(str(value)).tzinfo is not None, "a time")
+    except ValueError as error:
+        raise refuse("a time", error) from error
 
 
 def _id(value: object) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import collections
+import itertools
 import json
 import sys
 import time
@@ -43,7 +44,18 @@ class Listener:
     order: Callable[[Daemon, User], dict[str, Any]]
 
 
-LISTENERS = (Listener("unix", lambda daemon, _user: {"socket": daemon.socket, "url": "http://localhost"}),)
+def _over_tcp(daemon: Daemon, user: User) -> dict[str, Any]:
+    scope = "admin" if user is CAROL else "write"
+    token = daemon.ctl_json("token", "create", f"fuzz-{next(_numbers)}", "--scope", scope, user=user)["token"]
+    return {"url": f"http://{_ADDRESS}", "token": token}
+
+
+_ADDRESS = "127.0.0.1:7070"
+_numbers = itertools.count(1)
+LISTENERS = (
+    Listener("unix", lambda daemon, _user: {"socket": daemon.socket, "url": "http://localhost"}),
+    Listener("tcp", _over_tcp),
+)
 
 
 @dataclass(slots=True)
@@ -96,6 +108,8 @@ class Campaign:
 
     def _clear(self, user: User) -> None:
         """Remove all that the user made."""
+        for token in self.daemon.ctl_json("token", "ls", user=user):
+            self.daemon.ctl("token", "revoke", token["id"], user=user)
         for template in self.daemon.ctl_json("template", "ls", user=user):
             self.daemon.ctl("template", "rm", template["name"], user=user, check=True)
         self.daemon.ctl("rm", "--all", "--yes", user=user, check=True, timeout=60)
@@ -106,7 +120,9 @@ def _ask(daemon: Daemon, user: User, seconds: float, seed: int,
     """Whether every check held, the number of answers by status, and what schemathesis said."""
     directory = f"/run/test/fuzz-{user}-{seed}"
     daemon.host.directory(directory, user=user)
-    arguments = ["--checks", "all", "--max-time", str(max(int(seconds), 1)), "--seed", str(seed), "--no-color"]
+    token = order.pop("token", None)
+    known = [] if token is None else ["--header", f"Authorization: Bearer {token}"]
+    arguments = [*known, "--checks", "all", "--max-time", str(max(int(seconds), 1)), "--seed", str(seed), "--no-color"]
     full = {"directory": directory, "configuration": _CONFIGURATION, "arguments": arguments, **order}
     done = daemon.host.run([sys.executable, "-m", "tests.fuzz.agents.asking", json.dumps(full)], user=user, cwd="/",
                            env=AGENT_ENVIRONMENT, timeout=seconds + _SPARE_SECONDS)
@@ -118,5 +134,7 @@ def _ask(daemon: Daemon, user: User, seconds: float, seed: int,
 @contextmanager
 def on_a_host(tell: Callable[[str], None]) -> Iterator[Campaign]:
     """A campaign against a daemon of its own."""
-    with HostNamespace() as host, Daemon(host, config={"daemon": {"log_level": "warning"}}) as daemon:
+    with HostNamespace() as host, Daemon(host, config={
+            "daemon": {"log_level": "warning"},
+            "api": {"listen": _ADDRESS, "requests_per_second": 10_000, "requests_burst": 10_000}}) as daemon:
         yield Campaign(daemon, tell)

@@ -73,7 +73,10 @@ FIELDS: dict[str, st.SearchStrategy[Any]] = {
     "name": st.none() | TEXT, "count": st.none() | near(1, 500) | st.sampled_from([2.0, 2.5, True, "2"]),
     "template": st.none() | st.just("web"), "command": COMMANDS, "services": st.none() | st.lists(SERVICE, max_size=1),
     "ports": st.lists(PORT, max_size=1), "env": TEXTS, "cwd": st.none() | TEXT, "labels": TEXTS,
-    "share": TEXT, "egress": TEXT, "umask": near(0, 0o777) | st.just(18.0), "limits": LIMITS,
+    "share": TEXT | st.sampled_from([
+        "lan", "user:a", "user:a,group:b", "user:", "users:a", "user:a,", "user:a b", "user:a:b", "user:" + "a" * 65,
+        "user:\x01", ",".join(["user:a"] * 64), ",".join(["user:a"] * 65)]),
+    "egress": TEXT, "umask": near(0, 0o777) | st.just(18.0), "limits": LIMITS,
     "restart": st.sampled_from(["no", "always", "on-failure", "never", None]), "health": HEALTH,
     "resources": st.none() | st.fixed_dictionaries({}, optional={"pids": st.none() | near(1, specification.MOST_PIDS)}),
     "replace": st.booleans(), "unknown": st.just(0)}

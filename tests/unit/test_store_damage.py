@@ -19,7 +19,7 @@ from hypothesis import strategies as st
 
 from netnsd import wire
 from netnsd.core.addressing import Plan
-from netnsd.core.environment import Command, Environment, PublishedPort, Service, Template
+from netnsd.core.environment import Command, Environment, PublishedPort, Service, Template, Token
 from netnsd.errors import StoreError
 from netnsd.store import SqliteStore
 
@@ -36,6 +36,9 @@ ENVIRONMENTS = [
     for index in range(3)]
 TEMPLATE = Template("6e0c7f1e-0000-4000-8000-000000000001", "shop", 1001, "alice", 1001, (27,), 1,
                     wire.Specification(command=["x"]), "2030-01-01T00:00:00.000000Z")
+TOKEN = Token("0123456789ab", "ci", 1001, "alice", b"h" * 32, "write", None, "2030-01-01T00:00:00.000000Z",
+              "2031-01-01T00:00:00.000000Z")
+CHILD = Token("0123456789ac", "child", 1001, "alice", b"i" * 32, "read", TOKEN.id, "2030-01-01T00:00:00.000000Z", None)
 
 
 def write(directory: Path) -> None:
@@ -43,6 +46,8 @@ def write(directory: Path) -> None:
         for environment in ENVIRONMENTS:
             store.add(environment)
         store.add_template(TEMPLATE)
+        store.add_token(TOKEN)
+        store.add_token(CHILD)
 
 
 @functools.cache
@@ -72,6 +77,7 @@ def directory_with(database: bytes, log: bytes | None = None) -> Iterator[Path]:
 def read(directory: Path) -> tuple[list[Environment], list[Template]]:
     """As a daemon's start reads it. Raises StoreError, and nothing else."""
     with closing(SqliteStore(directory, PLAN)) as store:
+        assert all(token.scope in ("read", "write", "admin") and len(token.hash) == 32 for token in store.tokens())
         return store.environments(), store.templates()
 
 
@@ -164,6 +170,7 @@ COLUMNS = {
     "ports": ["environment", "port", "protocol", "published", "listen"],
     "services": ["environment", "name", "command", "state", "pid", "launch_id", "exit_code", "restart", "health_check",
                  "restarts", "tries", "health"],
+    "tokens": ["id", "name", "uid", "user", "hash", "scope", "parent", "created_at", "expires_at"],
     "templates": ["id", "name", "uid", "user", "gid", "other_gids", "warm", "specification", "created_at"],
 }
 
@@ -224,6 +231,12 @@ CANNOT_BE: dict[str, tuple[str, tuple[Any, ...]]] = {
     "a template's groups": ("UPDATE templates SET other_gids = '[-1]'", ()),
     "a template's number": ("UPDATE templates SET warm = 1000000000", ()),
     "a template's specification": ("UPDATE templates SET specification = '[]'", ()),
+    "a scope that is none": ("UPDATE tokens SET scope = 'root' WHERE rowid = 1", ()),
+    "a hash of nothing": ("UPDATE tokens SET hash = x'' WHERE rowid = 1", ()),
+    "a hash that is a text": ("UPDATE tokens SET hash = 'hhhhhhhhhhhhhhhhhhhhhhhhhhhhhhhh' WHERE rowid = 1", ()),
+    "a token of nobody's": ("UPDATE tokens SET uid = -1 WHERE rowid = 1", ()),
+    "a time that never comes": ("UPDATE tokens SET expires_at = 'never' WHERE rowid = 1", ()),
+    "a token twice": ("UPDATE tokens SET id = 'a'", ()),
     "no table": ("DROP TABLE ports", ()),
     "no column": ("ALTER TABLE environments DROP COLUMN share", ()),
 }
