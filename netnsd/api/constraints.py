@@ -76,6 +76,7 @@ FIELDS: dict[str, dict[str, dict[str, Any]]] = {
     "PoolRequest": {"size": _between(0, MOST_SLOTS)},
     "StopRequest": {"grace_seconds": _between(0, 3600)},
 }
+NEVER_EMPTY = (wire.ProjectReference,)  # though it can do without each of its fields
 EXAMPLES: dict[Any, dict[str, Any]] = {
     wire.CreateRequest: {"name": "web", "command": ["sleep", "1000"], "ports": [{"port": 3000}], "cwd": "/",
                          "labels": {"team": "shop"}, "health": {"tcp": 3000}, "restart": "on-failure"},

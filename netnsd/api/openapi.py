@@ -128,7 +128,8 @@ def _operation(route: Route, by_type: dict[Any, Any]) -> dict[str, Any]:
     }
     if route.body is not None:
         # No body is {}.
-        operation["requestBody"] = {"required": any(field.required for field in msgspec.structs.fields(route.body)),
+        needed = any(field.required for field in msgspec.structs.fields(route.body))
+        operation["requestBody"] = {"required": needed or route.body in constraints.NEVER_EMPTY,
                                     "content": {"application/json": {"schema": by_type[route.body]}}}
         if example := constraints.EXAMPLES.get(route.body):
             operation["requestBody"]["content"]["application/json"]["example"] = example
