@@ -14,7 +14,7 @@ from typing import Any, NoReturn, cast, get_args
 
 from netnsd.core.judgement import ANY_PORT, Span
 from netnsd.core.policy import Operator, Peers, Policy, Requirement, Rule, Selector
-from netnsd.core.specification import LABEL_KEY, LABEL_VALUE_CHARACTERS
+from netnsd.core.specification import LABEL_KEY, LABEL_VALUE
 from netnsd.core.traffic import EVERYTHING, PROTOCOLS, Traffic, of_protocol, united, without
 from netnsd.errors import InvalidPolicy
 
@@ -187,7 +187,7 @@ def _key(place: _Place, key: Any) -> str:
 def _value(place: _Place, value: Any) -> str:
     if not isinstance(value, str):
         place.wrong("is not a string", hint="Quote it: a label's value is text.")
-    if len(value) > LABEL_VALUE_CHARACTERS or not value.isprintable():
+    if not LABEL_VALUE.match(value):
         place.wrong("is not a label's value")
     return value
 

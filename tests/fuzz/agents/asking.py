@@ -138,6 +138,11 @@ def _serve(wanted: dict[str, Any]) -> None:
         wanted.pop("services", None)
     if ":" in (wanted.get("share") or ""):
         wanted["share"] = "user:bob,group:netnsd"
+    if wanted.get("egress") not in (None, "allow", "deny"):  # networks, and ports in order
+        wanted["egress"] = "10.1.0.0/16:443/tcp"
+    if "policies" in wanted:  # documents, whose rules are Kubernetes's
+        wanted["policies"] = [{"apiVersion": "networking.k8s.io/v1", "kind": "NetworkPolicy",
+                               "metadata": {"name": "closed"}, "spec": {"podSelector": {}}}]
     for one in (wanted, *wanted.get("services", [])):
         if one.get("command"):
             one["command"] = ["/bin/sleep" if len(one["command"]) % 2 else "/bin/true", "1000"]
