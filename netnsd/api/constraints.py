@@ -11,7 +11,6 @@ from typing import Any
 from netnsd import wire
 from netnsd.api.routes import MOST_SEQ, MOST_TAIL, MOST_WAIT_SECONDS
 from netnsd.core import specification as spec
-from netnsd.core.egress import MOST_ENTRIES
 from netnsd.core.pool import MOST_SLOTS
 from netnsd.core.templates import MOST_WARM
 from netnsd.core.tokens import MOST_SECONDS
@@ -52,9 +51,8 @@ def _between(least: float, most: float) -> dict[str, Any]:
 
 _LABELS = {"maxProperties": spec.MAX_LABELS, "propertyNames": {"pattern": f"^{_KEY}$"}}
 _SHARE = {"pattern": f"^(owner|host|lan|{spec.GUEST}(,{spec.GUEST}){{0,{spec.MAX_SHARES - 1}}})$"}
-# Its shape: what is a network, and that ports are in order, core alone knows.
-_ENTRY = r"[0-9]{1,3}(\.[0-9]{1,3}){3}(/[0-9]{1,2})?(:[0-9]{1,5}(-[0-9]{1,5})?)?(/(tcp|udp|sctp))?"
-_EGRESS = {"pattern": f"^(allow|deny|{_ENTRY}(,{_ENTRY}){{0,{MOST_ENTRIES - 1}}})$"}
+# Roughly: what is a network, and whether ports are in order, core alone knows.
+_EGRESS = {"pattern": "^(allow|deny|[0-9][0-9a-z./:,-]*)$"}
 _SPECIFICATION: dict[str, dict[str, Any]] = {
     "command": _COMMAND, "services": {"maxItems": spec.MAX_SERVICES}, "ports": {"maxItems": spec.MAX_PORTS},
     "env": _VARIABLES, "cwd": _DIRECTORY, "umask": _UMASK, "limits": _LIMITS,
