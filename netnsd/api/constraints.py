@@ -63,7 +63,7 @@ FIELDS: dict[str, dict[str, dict[str, Any]]] = {
     "PortRequest": {"port": _PORT},
     "HealthCheck": {"tcp": _PORT, "port": _PORT, "command": _COMMAND, "http": {"pattern": "^/[!-~]{0,1023}$"},
                     **{name: _between(*bounds) for name, bounds in spec.HEALTH_RANGES.items()}},
-    "Resources": {"pids": _between(1, spec.MOST_PIDS)},
+    "Resources": {name: _between(least, most) for name, (least, most, _) in spec.RESOURCES.items()},
     "ServiceRequest": {"name": NAME, "command": _COMMAND, "env": _VARIABLES, "cwd": _DIRECTORY},
     "Specification": _SPECIFICATION,
     "CreateRequest": {**_SPECIFICATION, "name": NAME, "count": _between(1, spec.MAX_COUNT), "template": NAME},

@@ -23,6 +23,7 @@ HINT = ("Nothing was changed. Put a copy of it back, or move it away: environmen
 
 _ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9-]{0,63}\Z")
 _NETNS = re.compile(r"[a-z0-9][A-Za-z0-9_.@-]{0,126}\Z")  # a name, or name and user: see Registry
+_MOST_PID = 4194304  # PID_MAX_LIMIT, linux/threads.h
 _HASH_BYTES = 32  # SHA-256
 _MOST_ID = 2**32 - 2  # (uid_t)-1 means "unchanged" to setresuid(2)
 
@@ -95,7 +96,7 @@ def _environment(e: Environment) -> None:
     _require(e.state in get_args(StoredState), "state")
     specification.check_share(e.share)
     specification.check_egress(e.egress)
-    specification.check_resources(e.resources)
+    specification.check_resources(e.resources, wire.Resources())
     for port in e.ports:
         _port(port)
     for name, service in e.services.items():
@@ -120,7 +121,7 @@ def _service(service: Service, uid: int) -> None:
     _require(service.restart in get_args(wire.RestartPolicy), "restart")
     _require(service.health in (None, *get_args(wire.HealthState)), "health")
     if service.pid is not None:
-        _number("pid", service.pid, 1, specification.MOST_PIDS)
+        _number("pid", service.pid, 1, _MOST_PID)
     if service.exit_code is not None:
         _number("exit_code", service.exit_code, 0, 255)
     if service.launch_id is not None:

@@ -78,7 +78,8 @@ FIELDS: dict[str, st.SearchStrategy[Any]] = {
         "user:\x01", ",".join(["user:a"] * 64), ",".join(["user:a"] * 65)]),
     "egress": TEXT, "umask": near(0, 0o777) | st.just(18.0), "limits": LIMITS,
     "restart": st.sampled_from(["no", "always", "on-failure", "never", None]), "health": HEALTH,
-    "resources": st.none() | st.fixed_dictionaries({}, optional={"pids": st.none() | near(1, specification.MOST_PIDS)}),
+    "resources": st.none() | st.fixed_dictionaries({}, optional={
+        name: st.none() | near(least, most) for name, (least, most, _) in specification.RESOURCES.items()}),
     "replace": st.booleans(), "unknown": st.just(0)}
 
 
