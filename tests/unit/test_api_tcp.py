@@ -156,9 +156,9 @@ def test_rows_state_a_scope_that_fits() -> None:
         assert (route.scope == "read") == (route.method == "GET"), named(route)
 
 
-async def answered(client: Client, route: Route, token: str = "") -> tuple[int, str]:
-    """Status and error's code of a request to something that is not there; of streams the head alone is read."""
-    path = route.path.format(ref="nothing-of-that-name")
+async def answered(client: Client, route: Route, owner: Actor, token: str = "") -> tuple[int, str]:
+    """Status and error's code of a request to what is not there, or the caller's; of streams the head alone is read."""
+    path = route.path.format(ref="nothing-of-that-name", user=owner.user)
     words = f"Authorization: Bearer {token}\r\n" if token else ""
     await client.send(f"{route.method} {path} HTTP/1.1\r\nHost: x\r\n{words}\r\n".encode())
     answer = await client.answer(has_body=False)
@@ -172,14 +172,14 @@ async def test_every_route_asks_for_its_scope(served: Served, route: Route, owne
     may_at_all = owner.is_admin or route.permission is not Permission.ADMIN
     served.actor = owner
     async with served.client() as on_the_unix_socket:
-        status, code = await answered(on_the_unix_socket, route)
+        status, code = await answered(on_the_unix_socket, route, owner)
         assert (code == "forbidden") == (status == 403) == (not may_at_all)
         assert status != 401
     async with served.visit() as without:
-        assert await answered(without, route) == (401, "unauthorized")
+        assert await answered(without, route, owner) == (401, "unauthorized")
     for scope in SCOPES if owner.is_admin else SCOPES[:2]:
         async with served.visit() as client:
-            status, code = await answered(client, route, await token_of(served, owner, scope))
+            status, code = await answered(client, route, owner, await token_of(served, owner, scope))
         may = may_at_all and SCOPES.index(scope) >= SCOPES.index(route.scope)
         assert (code == "forbidden") == (status == 403) == (not may), scope
         assert status != 401, scope
