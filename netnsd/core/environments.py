@@ -317,15 +317,18 @@ class Environments:
             except BaseException:
                 self.registry.change(environment, labels=before.labels, share=before.share, egress=before.egress,
                                      guests=before.guests)
-                with trio.move_on_after(_UNDO_SECONDS, shield=True), contextlib.suppress(NetnsdError):
-                    await self._enforce(environment, before, anyway=True)
+                with trio.move_on_after(_UNDO_SECONDS, shield=True):
+                    for step in (partial(self._a.firewall.alter, opening(environment)),
+                                 partial(self.policing.follow, environment)):
+                        with contextlib.suppress(NetnsdError):
+                            await step()
                 raise
         self._particulars.tell("changed", environment, share=share, egress=egress)
 
-    async def _enforce(self, environment: Environment, before: Environment, *, anyway: bool = False) -> None:
+    async def _enforce(self, environment: Environment, before: Environment) -> None:
         """Have the firewall let what is let now: nobody from outside is let in before policies have their say."""
         steps: list[Callable[[], Awaitable[None]]] = [partial(self._a.firewall.alter, opening(environment))]
-        if anyway or environment.egress != before.egress or self.policing.concerns(before) or (
+        if environment.egress != before.egress or self.policing.concerns(before) or (
                 self.policing.concerns(environment)):
             steps.insert(0 if environment.share == "lan" else 1, partial(self.policing.follow, environment))
         for step in steps:

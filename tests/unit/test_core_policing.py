@@ -109,6 +109,10 @@ async def test_what_the_kernel_refuses_changes_nothing(
                 patch.setattr(world.firewall, "judge", fail)
                 with pytest.raises(kind):
                     await change()
+            if kind is RuntimeError:  # nobody knows what the kernel holds now
+                with world.faults.recording() as steps:
+                    await environments.policing.follow(web)
+                assert "firewall.judge" in steps
             assert world.store.policies() == kept
             assert world.firewall.judgement == judged
             assert [p.name for p in world.policies.visible(ALICE, everyones=False)] == ["all"]
@@ -253,7 +257,6 @@ async def test_labels_and_egress_that_change_are_judged_anew_or_do_not_change(wo
                     await environments.change(web, change)
                 world.faults.broken = set()
                 assert (web.labels, web.egress) == (labels, web.egress)
-                await environments.policing.follow(web)
                 assert world.firewall.judgement == before
             await environments.change(web, change)
             assert (address(web) in world.firewall.judgement.confined) is confined
@@ -269,6 +272,76 @@ async def test_who_is_shared_with_the_network_is_let_in_only_when_policies_were_
                 await environments.change(web, wire.ChangeRequest(share=share))
             assert [s for s in steps if s.startswith("firewall.")][:2][:len(steps_wanted)] == steps_wanted
             assert world.firewall.judgement.shielded == {address(web)}
+
+
+async def test_where_it_cannot_be_shared_policies_are_as_before(world: World) -> None:
+    async with world.running() as environments:
+        await world.policies.apply([SHUT], ALICE)
+        web = await environments.create(request("web", ports=1), ALICE)
+        world.faults.broken = {"firewall.alter"}
+        with pytest.raises(KernelError):
+            await environments.change(web, wire.ChangeRequest(share="lan", labels={"app": "shut"}))
+        assert (web.share, web.labels) == ("owner", {})
+        assert world.firewall.judgement == Judgement()
+
+
+async def test_one_that_is_made_while_a_policy_comes_is_judged_by_it(
+        world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    judge, begun, may = world.firewall.judge, trio.Event(), trio.Event()
+
+    async def slow(judgement: Judgement) -> None:
+        begun.set()
+        await may.wait()
+        await judge(judgement)
+
+    async with world.running() as environments:
+        await environments.create(request("first", labels={"app": "shut"}), ALICE)
+        monkeypatch.setattr(world.firewall, "judge", slow)
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(world.policies.apply, [SHUT], ALICE)
+            await begun.wait()
+            nursery.start_soon(environments.create, request("second", "server", labels={"app": "shut"}), ALICE)
+            await trio.testing.wait_all_tasks_blocked()
+            assert world.processes.launches == [], "nothing runs there yet"
+            may.set()
+        assert len(world.firewall.judgement.confined) == 2
+
+
+async def test_one_that_is_being_made_does_not_count_before_it_is_admitted(
+        world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    opened, begun, may = world.firewall.open, trio.Event(), trio.Event()
+
+    async def slow(opening: Any) -> None:
+        begun.set()
+        await may.wait()
+        await opened(opening)
+
+    async with world.running() as environments:
+        await world.policies.apply([ALL], ALICE)
+        first = await environments.create(request("first"), ALICE)
+        monkeypatch.setattr(world.firewall, "open", slow)
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(environments.create, request("second"), ALICE)
+            await begun.wait()
+            await world.policies.apply([SHUT], ALICE)
+            assert world.firewall.judgement.shielded == {address(first)}
+            may.set()
+        assert len(world.firewall.judgement.shielded) == 2
+
+
+async def test_one_of_which_only_the_row_is_left_does_not_count(world: World) -> None:
+    async with world.running() as environments:
+        await world.policies.apply([ALL], ALICE)
+        web = await environments.create(request("web"), ALICE)
+        world.faults.broken = {"store.delete"}
+        with pytest.raises((KernelError, StoreError)):
+            await environments.remove(web)
+        world.faults.broken = set()
+        await world.policies.apply([document("all", {"ingress": [{}]})], ALICE)
+        assert world.firewall.judgement == Judgement()
+        await environments.remove(web)
+        await world.policies.apply([ALL], ALICE)
+        assert environments.policing._absent == set()
 
 
 async def test_one_of_a_template_is_judged_by_the_labels_that_it_gets(
@@ -294,6 +367,13 @@ async def test_one_of_a_template_is_judged_by_the_labels_that_it_gets(
         assert spoilt not in world.environments.registry
         assert world.firewall.judgement.confined == {address(web), address(other)}
         assert world.policies.selected(world.policies.find("shut", ALICE)) == ["web", "other"]
+        await world.policies.apply([document("shop", {"podSelector": {"matchLabels": {"app": "shop"}},
+                                                      "policyTypes": ["Egress"]})], ALICE)
+        await trio.sleep(120)
+        assert len(world.firewall.judgement.confined) == 3, "what is in stock too"
+        assert world.policies.selected(world.policies.find("shop", ALICE)) == [], "which nobody has yet"
+        free = await world.templates.create(stocking.asked("free", labels={"app": "free"}), ALICE)
+        assert address(free) not in world.firewall.judgement.confined
         await trio.sleep(120)  # another is started for the stock
 
 
@@ -402,14 +482,22 @@ async def test_a_start_judges_before_anything_is_reached(world: World) -> None:
             assert world.policies.find("all", ALICE).document == ALL
 
 
+async def test_a_start_without_policies_takes_away_what_another_left(world: World) -> None:
+    world.firewall.judgement = Judgement(frozenset({Passage((1, 2), (3, 4))}))
+    async with world.running():
+        assert world.firewall.judgement == Judgement()
+
+
 async def test_a_start_with_more_than_may_be_closes_whose_it_is(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
     async with world.running() as environments:
         await world.policies.apply([ALL], ALICE)
+        await world.policies.apply([ALL], BOB)
         web = await environments.create(request("web", "server"), ALICE)
+        other = await environments.create(request("web", "server"), BOB)
     monkeypatch.setattr(judging, "MOST_PASSAGES", 0)
     async with world.running() as environments:
-        assert world.firewall.judgement == Judgement(shielded=frozenset({address(web)}))
-        assert world.kinds().count("policies_closed") == 1
+        assert world.firewall.judgement == Judgement(shielded=frozenset({address(web), address(other)}))
+        assert world.kinds().count("policies_closed") == 2
         monkeypatch.undo()
         await environments.policing.follow(web)
         assert world.firewall.judgement.passages
