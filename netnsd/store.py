@@ -324,9 +324,9 @@ class SqliteStore:
 
     def quotas(self) -> list[Quota]:
         """See ``core.interfaces.Store``."""
-        with _translated():
-            return [Quota(row["uid"], row["user"], json.loads(row["limits"]))
-                    for row in self._db.execute("SELECT * FROM quotas ORDER BY uid")]
+        with _translated(), _decoded("quotas"):
+            return recorded.quotas([Quota(row["uid"], row["user"], json.loads(row["limits"]))
+                                    for row in self._db.execute("SELECT * FROM quotas ORDER BY uid")])
 
     def set_quota(self, quota: Quota) -> None:
         """See ``core.interfaces.Store``."""

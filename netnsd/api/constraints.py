@@ -10,6 +10,7 @@ from typing import Any
 
 from netnsd import wire
 from netnsd.api.routes import MOST_SEQ, MOST_TAIL, MOST_WAIT_SECONDS
+from netnsd.core import quotas
 from netnsd.core import specification as spec
 from netnsd.core.pool import MOST_SLOTS
 from netnsd.core.templates import MOST_WARM
@@ -64,6 +65,7 @@ FIELDS: dict[str, dict[str, dict[str, Any]]] = {
     "HealthCheck": {"tcp": _PORT, "port": _PORT, "command": _COMMAND, "http": {"pattern": "^/[!-~]{0,1023}$"},
                     **{name: _between(*bounds) for name, bounds in spec.HEALTH_RANGES.items()}},
     "Resources": {name: _between(least, most) for name, (least, most, _) in spec.RESOURCES.items()},
+    "QuotaRequest": {name: _between(0, quotas.MOST) for name in quotas.LIMITS},
     "ServiceRequest": {"name": NAME, "command": _COMMAND, "env": _VARIABLES, "cwd": _DIRECTORY},
     "Specification": _SPECIFICATION,
     "CreateRequest": {**_SPECIFICATION, "name": NAME, "count": _between(1, spec.MAX_COUNT), "template": NAME},

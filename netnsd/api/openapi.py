@@ -15,7 +15,9 @@ from netnsd.api import constraints, problems
 from netnsd.api.routes import ROUTES, Route
 
 _REFS = "#/components/schemas/{name}"
-_IN_PATHS = {"ref": "a name, NAME.USER, or an id", "user": "a user's name or number"}
+_IN_PATHS: dict[str, tuple[str, dict[str, Any]]] = {
+    "ref": ("a name, NAME.USER, or an id", constraints.REF),
+    "user": ("a user's name or number", {"minLength": 1})}
 _VERSION = {problems.VERSION_HEADER: {"description": "The daemon's version.", "required": True,
                                       "schema": {"type": "string"}}}
 _AFTER = {"Retry-After": {"description": "Seconds after which to try again.", "required": False,
@@ -116,8 +118,8 @@ def _operation(route: Route, by_type: dict[Any, Any]) -> dict[str, Any]:
         "summary": route.summary,
         "description": f"Permission: {route.permission.value}. Scope of a token: {route.scope}.",
         "parameters": [
-            *({"name": name, "in": "path", "required": True, "schema": {"type": "string", **constraints.REF},
-               "description": meaning} for name, meaning in _IN_PATHS.items() if f"{{{name}}}" in route.path),
+            *({"name": name, "in": "path", "required": True, "schema": {"type": "string", **schema},
+               "description": meaning} for name, (meaning, schema) in _IN_PATHS.items() if f"{{{name}}}" in route.path),
             *({"name": name, "in": "query", "required": False, "description": meaning,
                "schema": constraints.QUERY.get(name, {"type": "string"})} for name, meaning in route.query.items()),
         ],

@@ -15,7 +15,8 @@ from typing import get_args
 
 from netnsd import wire
 from netnsd.core import specification
-from netnsd.core.environment import Command, Environment, PublishedPort, Service, StoredState, Template, Token
+from netnsd.core.environment import Command, Environment, PublishedPort, Quota, Service, StoredState, Template, Token
+from netnsd.core.quotas import LIMITS, MOST
 from netnsd.errors import NetnsdError, StoreError
 
 HINT = ("Nothing was changed. Put a copy of it back, or move it away: environments end then at the next start."
@@ -78,6 +79,20 @@ def tokens(found: list[Token]) -> list[Token]:
         except NetnsdError as error:
             raise refuse(f"token {token.id!r}", error.message) from error
     _require_unique("id", [t.id for t in found])
+    return found
+
+
+def quotas(found: list[Quota]) -> list[Quota]:
+    """Return them when each can be: what is no number would hold nothing. Raises StoreError."""
+    for quota in found:
+        try:
+            _id(quota.uid)
+            _text("user", quota.user)
+            _require(isinstance(quota.said, dict), "limits")
+            for name, limit in quota.said.items():
+                _require(name in LIMITS and (limit is None or (type(limit) in (int, float) and 0 <= limit <= MOST)), name)
+        except NetnsdError as error:
+            raise refuse(f"quota of {quota.user!r}", error.message) from error
     return found
 
 

@@ -19,7 +19,7 @@ from hypothesis import strategies as st
 
 from netnsd import wire
 from netnsd.core.addressing import Plan
-from netnsd.core.environment import Command, Environment, PublishedPort, Service, Template, Token
+from netnsd.core.environment import Command, Environment, PublishedPort, Quota, Service, Template, Token
 from netnsd.errors import StoreError
 from netnsd.store import SqliteStore
 
@@ -48,6 +48,7 @@ def write(directory: Path) -> None:
         store.add_template(TEMPLATE)
         store.add_token(TOKEN)
         store.add_token(CHILD)
+        store.set_quota(Quota(1001, "alice", {"environments": 5, "cpu": 1.5, "memory": None}))
 
 
 @functools.cache
@@ -78,6 +79,7 @@ def read(directory: Path) -> tuple[list[Environment], list[Template]]:
     """As a daemon's start reads it. Raises StoreError, and nothing else."""
     with closing(SqliteStore(directory, PLAN)) as store:
         assert all(token.scope in ("read", "write", "admin") and len(token.hash) == 32 for token in store.tokens())
+        assert all(limit is None or limit >= 0 for quota in store.quotas() for limit in quota.said.values())
         return store.environments(), store.templates()
 
 
@@ -171,6 +173,7 @@ COLUMNS = {
     "services": ["environment", "name", "command", "state", "pid", "launch_id", "exit_code", "restart", "health_check",
                  "restarts", "tries", "health"],
     "tokens": ["id", "name", "uid", "user", "hash", "scope", "parent", "created_at", "expires_at"],
+    "quotas": ["uid", "user", "limits"],
     "templates": ["id", "name", "uid", "user", "gid", "other_gids", "warm", "specification", "created_at"],
 }
 
@@ -237,6 +240,11 @@ CANNOT_BE: dict[str, tuple[str, tuple[Any, ...]]] = {
     "a token of nobody's": ("UPDATE tokens SET uid = -1 WHERE rowid = 1", ()),
     "a time that never comes": ("UPDATE tokens SET expires_at = 'never' WHERE rowid = 1", ()),
     "a token twice": ("UPDATE tokens SET id = 'a'", ()),
+    "a quota that bounds nothing": ("UPDATE quotas SET limits = '{\"environments\": \"many\"}'", ()),
+    "a quota below nothing": ("UPDATE quotas SET limits = '{\"cpu\": -1}'", ()),
+    "a quota without end": ("UPDATE quotas SET limits = '{\"cpu\": Infinity}'", ()),
+    "a quota of nobody's": ("UPDATE quotas SET uid = -1", ()),
+    "a quota of something unknown": ("UPDATE quotas SET limits = '{\"gpu\": 1}'", ()),
     "no table": ("DROP TABLE ports", ()),
     "no column": ("ALTER TABLE environments DROP COLUMN share", ()),
 }
