@@ -60,7 +60,8 @@ class Environments:
         self._sharing = Sharing(adapters.firewall, self.registry, self._particulars, members)
         self._settling = Settling(adapters, self.registry, self._particulars, self._quiet)
         self.policing = Policing(adapters, self.registry, plan.supernet, emit)
-        self._supervisor = Supervisor(adapters, emit, settings.hard_limits, self._ready, self._settling.furnish)
+        self._supervisor = Supervisor(adapters, emit, settings.hard_limits, turn=self._ready,
+                                      furnish=self._settling.furnish, account=account)
         self.pool = Pool(SlotMaker(adapters), self._slots, plan, settings.pool, self._quiet,
                          tell=lambda reason: emit("pool_stuck", 0, "", "", reason=reason))
         self.admission = Admission(AT_ONCE, settings.creations_waiting)

@@ -3,9 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
+from typing import TYPE_CHECKING
 
-from netnsd.core.environment import Command, Environment
+from netnsd.core.environment import Command, Environment, Service
 from netnsd.core.interfaces import Adapters, Launch
+from netnsd.errors import LaunchFailed
+
+if TYPE_CHECKING:
+    from netnsd.core.actor import Actor
 
 
 class Launching:
@@ -55,3 +61,25 @@ def facts(environment: Environment) -> dict[str, str]:
     if tcp:
         variables["NETNSD_URL"] = f"http://localhost:{tcp[0].published}/"
     return variables
+
+
+def as_now(service: Service, account: Actor) -> Service:
+    """A service with those of its creator's groups only that a login would still give."""
+    groups = {account.gid, *account.groups}
+    command = replace(service.command, groups=tuple(g for g in service.command.groups if g in groups),
+                      gid=service.command.gid if service.command.gid in groups else account.gid)
+    return service.changed(command=command)
+
+
+def started_again(environment: Environment, service: Service, account: Actor | None) -> Service:
+    """A service as it may be started again; ``account``: who its owner's number is now.
+
+    Raises LaunchFailed where it is nobody, or somebody else: numbers are given again, and whoever has this one now did
+    not ask for that command. Who never had an account keeps no group but the first.
+    """
+    if account is None and environment.user == str(environment.uid):
+        return service.changed(command=replace(service.command, groups=()))
+    if account is None or account.user != environment.user:
+        raise LaunchFailed(f"there is no user {environment.user!r} any more", stage="account", errno="ENOENT",
+                           hint="Remove the environment; whoever has the number now can create it again.")
+    return as_now(service, account)

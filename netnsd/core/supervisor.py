@@ -21,12 +21,13 @@ from netnsd.core.environment import ALIVE, Environment, Service
 from netnsd.core.errands import Errands
 from netnsd.core.health import Health
 from netnsd.core.interfaces import Exited
-from netnsd.core.launching import Launching
+from netnsd.core.launching import Launching, started_again
 from netnsd.core.restarts import CALM_SECONDS, Restarts, after_its_end, pause
 from netnsd.core.shortage import Shortage
 from netnsd.errors import NetnsdError, StoreError
 
 if TYPE_CHECKING:
+    from netnsd.core.actor import Account
     from netnsd.core.addressing import Slot
     from netnsd.core.interfaces import Adapters, Emit
 
@@ -41,17 +42,19 @@ class Supervisor:
     Args:
         turn: an environment's lock, under which things of it are started and stopped; raises where it goes.
         furnish: makes an environment fit for servers, once.
+        account: who a user is now.
     """
 
-    def __init__(self, adapters: Adapters, emit: Emit, hard_limits: dict[str, int],
+    def __init__(self, adapters: Adapters, emit: Emit, hard_limits: dict[str, int], *,
                  turn: Callable[[Environment], AbstractAsyncContextManager[None]],
-                 furnish: Callable[[Environment], Awaitable[None]]) -> None:
+                 furnish: Callable[[Environment], Awaitable[None]], account: Account) -> None:
         self._a = adapters
         self._emit = emit
         self._shortage = Shortage(adapters.cgroups, self._short)
         self.launching = Launching(adapters, hard_limits, self._follow_memory)
         self._turn = turn
         self._furnish = furnish
+        self._account = account
         self._restarts = Restarts(self._start_again, self._restart_failed)
         self._errands = Errands(adapters, turn, self.launching.launch_of)
         self._health = Health(adapters.probes, self._errands, self._judged)
@@ -114,6 +117,9 @@ class Supervisor:
 
     async def _launch(self, environment: Environment, service: Service, before: Service) -> None:
         """Start a service. Raises LaunchFailed, and it is as ``before``."""
+        if environment.state != "creating":  # else its creator has just been vouched for
+            service = await self._as_now(environment, service)
+            before = before.changed(command=service.command)
         launch_id = uuid.uuid4().hex
         losses = self._losses
         self._launches[launch_id] = (environment, service.name, trio.current_time())
@@ -148,6 +154,14 @@ class Supervisor:
         self._follow(environment, environment.services[service.name])
         if launch_id in self._early:
             self._on_exit(Exited(launch_id, self._early.pop(launch_id)))
+
+    async def _as_now(self, environment: Environment, service: Service) -> Service:
+        """With no group that its creator's account has lost: for good, also for what looks at its health."""
+        now = started_again(environment, service, await self._account(environment.uid))
+        if now != service:
+            with self._a.store.transaction():
+                self._a.store.set_command(environment.id, now)
+        return now
 
     async def stop(self, environment: Environment, grace_seconds: float) -> None:
         """End all services of an environment: SIGTERM to every process, cgroup.kill after ``grace_seconds``.

@@ -2,20 +2,20 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from typing import TYPE_CHECKING
 
 import trio
 
 from netnsd.core import reconcile
 from netnsd.core.interfaces import Adapters, Emit, Wiring
+from netnsd.core.launching import as_now
 from netnsd.core.particulars import Particulars, opening
 from netnsd.core.pool import FIRST_SERVICE
 from netnsd.core.supervisor import Supervisor, group_of
 from netnsd.errors import ConfigError, KernelError, NetnsdError, NetnsLost
 
 if TYPE_CHECKING:
-    from netnsd.core.actor import Account, Actor
+    from netnsd.core.actor import Account
     from netnsd.core.caretaker import Caretaker
     from netnsd.core.environment import Environment, Service
     from netnsd.core.policing import Policing
@@ -164,11 +164,3 @@ class Takeover:
             running={r.launch_id: r.pid for r in running},
             exited={x.launch_id: x.code for x in exited},
         )
-
-
-def as_now(service: Service, account: Actor) -> Service:
-    """A service with those of its creator's groups only that a login would still give."""
-    groups = {account.gid, *account.groups}
-    command = replace(service.command, groups=tuple(g for g in service.command.groups if g in groups),
-                      gid=service.command.gid if service.command.gid in groups else account.gid)
-    return service.changed(command=command)

@@ -235,7 +235,7 @@ class Templates:
 
     async def _made(self, template: Template, name: str) -> Environment:
         actor = await self._account(template.uid)
-        if actor is None:
+        if actor is None or actor.user != template.user:  # a number may be given again, to somebody else
             raise WrongState(f"there is no user {template.user!r} any more", hint="Remove the template.")
         # What a login would give now, and of that only what the creator of the template had.
         groups = {actor.gid, *actor.groups}

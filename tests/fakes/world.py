@@ -57,7 +57,7 @@ class World:
         self.plan = Plan(supernet, bridge_ports)
         self.settings = Settings(published_range, allow_setuid, boot_id, {}, creations_waiting, pool or PoolSettings(),
                                  quota or wire.QuotaLimits(), resources or wire.Resources())
-        self.accounts = {user.uid: user for user in (ALICE, BOB, CAROL)}
+        self.accounts = {user.uid: user for user in (ALICE, BOB, CAROL, ROOT)}
         self.groups: dict[str, tuple[int, ...]] = {}
         self.developers: dict[str, str] = {}
         self.faults = Faults()

@@ -42,7 +42,7 @@ ELSEWHERE = {
     "kernel.shortage.more_in_v1:os.eventfd_read": "memory that runs out: tests/system/test_resources.py",
     "store.SqliteStore.ids:": "the doctor's look",
     "store.SqliteStore.set_boot:": "another boot: tests/system/test_reboot.py",
-    "store.SqliteStore.set_command:": "another boot: tests/system/test_reboot.py",
+    "store.SqliteStore.set_command:": "another boot, and groups that were lost: tests/unit/test_core_accounts.py",
     "daemon.main.launcher:": "the program of the launcher's unit: it becomes the launcher",
     "kernel._monitor.": "commands that users run: tests/kernel/test_attach.py",
     "kernel.launcher.Launcher._attach:": "commands that users run: tests/kernel/test_attach.py",
