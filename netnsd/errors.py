@@ -135,6 +135,12 @@ class Forbidden(NetnsdError):
     code, status, exit_code = "forbidden", 403, EXIT_FORBIDDEN
 
 
+class ForeignRequest(NetnsdError):
+    """A web page of elsewhere had a browser send it, or it names another host. Call the API from a program."""
+
+    code, status, exit_code = "foreign_request", 403, EXIT_FORBIDDEN
+
+
 class NotFound(NetnsdError):
     """The caller has no environment, or no service, of that name or id. `netnsctl ls` lists them."""
 

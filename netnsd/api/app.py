@@ -17,8 +17,9 @@ from starlette.routing import Route as StarletteRoute
 from starlette.types import Send
 
 from netnsd import __version__
-from netnsd.api import json_body, openapi, problems
+from netnsd.api import foreign, json_body, openapi, problems
 from netnsd.api.routes import ROUTES, Accepted, Call, Context, Permission, Route
+from netnsd.api.trail import DONE, Deed
 from netnsd.errors import (
     BodyTooLarge,
     Forbidden,
@@ -41,7 +42,11 @@ def application(context: Context) -> Starlette:
     document = _encode(openapi.document(context.environments.settings.published_range))
     large = trio.Lock()
 
-    async def openapi_json(_request: Request) -> Response:
+    async def openapi_json(request: Request) -> Response:
+        try:
+            foreign.require_own(request.scope["headers"], context.names)
+        except NetnsdError as error:
+            return _problem(error)
         return Response(document, media_type="application/json", headers=_HEADERS)
 
     app = Starlette(
@@ -70,17 +75,25 @@ class _Endpoint:
 
     async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
         request = Request(scope, receive)
+        deed = Deed(request.state.actor, request.method, self._route.path, next(iter(request.path_params.values()), ""))
         try:
-            response = await self._respond(request)
+            response = await self._respond(request, deed)
+            deed.code = DONE
         except ClientDisconnect:
             return
         except NetnsdError as error:
+            deed.code = error.code
             response = _problem(error)
         except Exception:  # the one place where a fault becomes an answer  # noqa: BLE001
-            response = _problem(problems.fault(request.method, request.url.path))
+            fault = problems.fault(request.method, request.url.path)
+            deed.code = fault.code
+            response = _problem(fault)
+        finally:
+            self._context.trail.keep(deed)
         await response(scope, receive, send)
 
-    async def _respond(self, request: Request) -> Response:
+    async def _respond(self, request: Request, deed: Deed) -> Response:
+        foreign.require_own(request.scope["headers"], self._context.names)
         if request.state.stopping():
             raise ShuttingDown("the daemon is stopping", hint="Environments stay; try again when it is back.")
         request.state.grant.require(self._route.scope)
@@ -91,8 +104,7 @@ class _Endpoint:
         query: dict[str, list[str]] = {}
         for name, value in request.query_params.multi_items():
             query.setdefault(name, []).append(value)
-        call = Call(self._context, request.state.actor, request.state.grant,
-                    next(iter(request.path_params.values()), ""), query, body)
+        call = Call(self._context, deed.actor, request.state.grant, deed.ref, query, body, deed)
         began = time.perf_counter()
         answer = await (self._while_there(request, call) if self._route.waits else self._route.handler(call))
         if self._route.answer is None:

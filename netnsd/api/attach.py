@@ -17,6 +17,7 @@ from netnsd import wire
 from netnsd.api import json_body, problems
 from netnsd.api.app import BODY_BYTES, BODY_SECONDS
 from netnsd.api.closing import Closer
+from netnsd.api.trail import DONE, Deed, Trail
 from netnsd.api.transport import receive
 from netnsd.core.actor import Actor
 from netnsd.core.environments import Environments
@@ -30,9 +31,10 @@ _log = structlog.get_logger()
 class AttachServer:
     """Serves connections of attach.sock that a Gate admitted."""
 
-    def __init__(self, environments: Environments, closer: Closer) -> None:
+    def __init__(self, environments: Environments, closer: Closer, trail: Trail) -> None:
         self._environments = environments
         self._closer = closer
+        self._trail = trail
         self._large = trio.Lock()
 
     @property
@@ -53,23 +55,35 @@ class AttachServer:
                 os.close(ended)
 
     async def _hand_over(self, connection: trio.socket.SocketType, actor: Actor) -> int | None:
+        deed = Deed(actor, "EXEC", "attach.sock")
         try:
             try:
-                request = await json_body.parse_in_turn(await self._read(connection), wire.ExecRequest, self._large)
-                os.set_blocking(connection.fileno(), True)  # as whoever gets it next expects
-                return await self._environments.attach(request, actor, connection.fileno())
+                return await self._attach(connection, deed)
             except NetnsdError as error:
+                deed.code = error.code
                 await _send(connection, problems.body_of(error))
             except (OSError, EOFError):
                 return None
             except Exception:  # the one place where a fault becomes an answer  # noqa: BLE001
+                deed.code = InternalError.code
                 _log.exception("attach_failed")
                 await _send(connection, problems.body_of(InternalError("a fault in netnsd",
                                                                        hint="The daemon's log has the details.")))
             return None
         finally:
+            if deed.ref:
+                self._trail.keep(deed)
             # Whoever has it now lets its client send descriptors: they may lie unread in it.
             await self._closer.close(connection, is_laced=True)
+
+    async def _attach(self, connection: trio.socket.SocketType, deed: Deed) -> int:
+        request = await json_body.parse_in_turn(await self._read(connection), wire.ExecRequest, self._large)
+        deed.ref = request.ref
+        environment = deed.about(self._environments.registry.find(request.ref, deed.actor))
+        os.set_blocking(connection.fileno(), True)  # as whoever gets it next expects
+        ended = await self._environments.attach(environment, request, deed.actor, connection.fileno())
+        deed.code = DONE
+        return ended
 
     async def _read(self, connection: trio.socket.SocketType) -> bytes:
         with trio.move_on_after(BODY_SECONDS):

@@ -13,6 +13,7 @@ import msgspec
 
 from netnsd import wire
 from netnsd.api import peer
+from netnsd.api.trail import Deed, Subject, Trail
 from netnsd.core import views
 from netnsd.core.actor import Actor
 from netnsd.core.environment import ALIVE, Environment
@@ -45,7 +46,7 @@ class Permission(enum.Enum):
 
 @dataclass(frozen=True, slots=True)
 class Context:
-    """What handlers work with. ``follow_log(path, tail, follow)`` and ``follow_events`` stream.
+    """What handlers work with. ``follow_log(path, tail, follow)``, ``follow_events`` and ``follow_audit`` stream.
 
     ``named`` finds a user by name or number.
     """
@@ -57,16 +58,21 @@ class Context:
     examine: Callable[[], Awaitable[list[wire.Check]]]
     log_path: Callable[[str, str], str]
     read_log: Callable[[str, int | None, Callable[[], bool] | None], AsyncIterator[bytes]]
-    follow_events: Callable[[Callable[[int], bool], int], AsyncGenerator[wire.Event, None]]
+    follow_events: Callable[[Callable[[int], bool], int, bool], AsyncGenerator[wire.Event, None]]
     tokens: Tokens
     projects: Projects
     policies: Policies
+    follow_audit: Callable[[Callable[[int], bool], int, bool], AsyncGenerator[wire.Event, None]]
+    trail: Trail
     named: Callable[[str], Awaitable[Actor | None]] = peer.named
 
 
 @dataclass(frozen=True, slots=True)
 class Call:
-    """One request: ``body`` is decoded to the route's type, ``query`` has each parameter's last value."""
+    """One request: ``body`` is decoded to the route's type, ``query`` has each parameter's last value.
+
+    ``deed``: what the audit trail is to tell of it.
+    """
 
     context: Context
     actor: Actor
@@ -74,6 +80,11 @@ class Call:
     ref: str
     query: dict[str, list[str]]
     body: Any
+    deed: Deed
+
+    def environment(self) -> Environment:
+        """The environment that the path names. Raises NotFound."""
+        return self.deed.about(self.context.environments.registry.find(self.ref, self.actor))
 
     def text(self, name: str, default: str) -> str:
         """A query parameter."""
@@ -162,18 +173,19 @@ def _labels(call: Call) -> dict[str, str]:
 
 async def _create(call: Call) -> wire.Environment | wire.EnvironmentList:
     create = call.context.templates.create
+    call.deed.name = call.body.name or ""
     if call.body.count is None:
-        return views.environment(await create(call.body, call.actor))
+        return views.environment(call.deed.about(await create(call.body, call.actor)))
     made = await call.context.environments.create_many(call.body, call.actor, create)
-    return wire.EnvironmentList(environments=[views.environment(e) for e in made])
+    return wire.EnvironmentList(environments=[views.environment(call.deed.about(e)) for e in made])
 
 
 async def _show(call: Call) -> wire.Environment:
-    return views.environment(call.context.environments.registry.find(call.ref, call.actor))
+    return views.environment(call.environment())
 
 
 async def _remove(call: Call) -> Nothing | Accepted:
-    environment = call.context.environments.registry.find(call.ref, call.actor)
+    environment = call.environment()
     if not call.flag("wait", default=True):
         call.context.environments.remove_behind(environment)
         return Accepted(Nothing())
@@ -195,15 +207,18 @@ async def _remove_many(call: Call) -> wire.Removal | Accepted:
             found = service.registry.find(ref, call.actor)
         except NotFound as error:
             failed.append(_failure(ref, error))
+            call.deed.subjects.append(Subject("", ref, code=error.code))
         else:
             if not any(found is other for other in chosen.values()):  # by name and by id, say
                 chosen[ref] = found
     if not refs:
         chosen = {e.name: e for e in service.registry.visible(call.actor, everyones=False, labels=labels)}
     if not call.flag("wait", default=True):
-        service.remove_behind(*chosen.values())
+        service.remove_behind(*map(call.deed.about, chosen.values()))
         return Accepted(wire.Removal(removed=[e.name for e in chosen.values()], failed=failed))
     failures = await service.remove_many(list(chosen.values()))
+    for environment in chosen.values():
+        call.deed.about(environment, failures[environment.id].code if environment.id in failures else "")
     failed += [_failure(ref, failures[e.id]) for ref, e in chosen.items() if e.id in failures]
     return wire.Removal(removed=[e.name for e in chosen.values() if e.id not in failures], failed=failed)
 
@@ -214,25 +229,25 @@ def _failure(ref: str, error: NetnsdError) -> wire.Failure:
 
 
 async def _change(call: Call) -> wire.Environment:
-    environment = call.context.environments.registry.find(call.ref, call.actor)
+    environment = call.environment()
     await call.context.environments.change(environment, call.body)
     return views.environment(environment)
 
 
 async def _start(call: Call) -> wire.Environment:
-    environment = call.context.environments.registry.find(call.ref, call.actor)
+    environment = call.environment()
     await call.context.environments.start(environment)
     return views.environment(environment)
 
 
 async def _stop(call: Call) -> wire.Environment:
-    environment = call.context.environments.registry.find(call.ref, call.actor)
+    environment = call.environment()
     await call.context.environments.stop(environment, _grace(call.body))
     return views.environment(environment)
 
 
 async def _restart(call: Call) -> wire.Environment:
-    environment = call.context.environments.registry.find(call.ref, call.actor)
+    environment = call.environment()
     await call.context.environments.restart(environment, _grace(call.body))
     return views.environment(environment)
 
@@ -247,14 +262,14 @@ async def _wait(call: Call) -> wire.Environment | Nothing:
     aim = _AIMS.get(call.text("for", "ready"))
     if aim is None:
         raise InvalidRequest("query parameter for is not ready, exit or gone", hint="Write ?for=ready.")
-    environment = call.context.environments.registry.find(call.ref, call.actor)
+    environment = call.environment()
     timeout = call.number("timeout", 60.0, MOST_WAIT_SECONDS)
     await call.context.environments.wait(environment, aim, timeout)
     return Nothing() if aim == "gone" else views.environment(environment)
 
 
 async def _logs(call: Call) -> AsyncIterator[bytes]:
-    environment = call.context.environments.registry.find(call.ref, call.actor)
+    environment = call.environment()
     names = list(environment.services)
     service = call.text("service", names[0] if names else "main")
     if service not in environment.services:
@@ -270,11 +285,20 @@ async def _logs(call: Call) -> AsyncIterator[bytes]:
 
 
 async def _events(call: Call) -> AsyncIterator[bytes]:
+    return _lines(call, call.context.follow_events)
+
+
+async def _audit(call: Call) -> AsyncIterator[bytes]:
+    return _lines(call, call.context.follow_audit)
+
+
+def _lines(call: Call, follow: Callable[..., AsyncGenerator[wire.Event, None]]) -> AsyncIterator[bytes]:
     after = call.count("after", MOST_SEQ) or 0
+    goes_on = call.flag("follow", default=True)
     encode = msgspec.json.Encoder().encode
 
     async def lines() -> AsyncIterator[bytes]:
-        async with contextlib.aclosing(call.context.follow_events(call.actor.may_see, after)) as events:
+        async with contextlib.aclosing(follow(call.actor.may_see, after, goes_on)) as events:
             async for event in events:
                 yield encode(event) + b"\n"
 
@@ -286,6 +310,7 @@ async def _templates(call: Call) -> wire.TemplateList:
 
 
 async def _add_template(call: Call) -> wire.Template:
+    call.deed.name = call.body.name
     return await call.context.templates.add(call.body, call.actor)
 
 
@@ -294,7 +319,9 @@ async def _show_template(call: Call) -> wire.Template:
 
 
 async def _remove_template(call: Call) -> Nothing:
-    await call.context.templates.remove(call.ref, call.actor)
+    template = call.context.templates.find(call.ref, call.actor)
+    call.deed.subjects.append(Subject("", template.name, template.uid))
+    await call.context.templates.remove(template.id, call.actor)
     return Nothing()
 
 
@@ -431,6 +458,7 @@ async def _show_projects(call: Call) -> wire.Environment | wire.EnvironmentList:
 
 _REF = "/v1/environments/{ref}"
 _WAIT = {"wait": "0: answer 202 at once, and remove behind"}
+_EVENTS = {"after": "only events with a greater seq", "follow": "0: end with what is remembered"}
 ROUTES: tuple[Route, ...] = (
     Route("GET", "/v1/environments", Permission.OWNER, _list, "List environments", wire.EnvironmentList,
           query={"all": "1: everyone's that the caller may see", "label": "k=v, may be given more than once"},
@@ -485,7 +513,9 @@ ROUTES: tuple[Route, ...] = (
     Route("DELETE", "/v1/quotas/{user}", Permission.ADMIN, _reset_quota, "Let a user have what all have", wire.Quota,
           scope="admin"),
     Route("GET", "/v1/events", Permission.OWNER, _events, "What happens, one JSON object per line, for ever", None,
-          content_type="application/x-ndjson", query={"after": "only events with a greater seq"}, scope="read"),
+          content_type="application/x-ndjson", query=_EVENTS, scope="read"),
+    Route("GET", "/v1/audit", Permission.ADMIN, _audit, "Who asked for which change, as events are told", None,
+          content_type="application/x-ndjson", query=_EVENTS, scope="admin"),
     Route("GET", "/metrics", Permission.ANYONE, _metrics, "Metrics, as Prometheus reads them", None,
           content_type="text/plain; version=0.0.4", scope="read"),
     Route("GET", "/v1/health", Permission.ANYONE, _health, "Whether the daemon answers", wire.Health, scope="read"),

@@ -32,6 +32,7 @@ _VERBS = {
     "wait": "lifecycle",
     "share": "changing",
     "label": "changing",
+    "events": "events",
     "template": "templates",
     "policy": "policies",
     "pool": "pools",

@@ -57,7 +57,11 @@ def check_ref(ref: str, what: str = "environment") -> str:
 
 def environment_path(ref: str, *rest: str, **query: object) -> str:
     """The path of an environment's route. Raises NotFound for what can be no name, NAME.USER or id."""
-    path = "/".join(("/v1/environments", quote(check_ref(ref)), *rest))
+    return with_query("/".join(("/v1/environments", quote(check_ref(ref)), *rest)), **query)
+
+
+def with_query(path: str, **query: object) -> str:
+    """A path with the parameters that are not None."""
     pairs = [f"{key}={quote(str(value))}" for key, value in query.items() if value is not None]
     return f"{path}?{'&'.join(pairs)}" if pairs else path
 

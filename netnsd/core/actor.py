@@ -4,11 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
+from typing import Literal
 
 
 @dataclass(frozen=True, slots=True)
 class Actor:
-    """A caller, as the kernel vouched for it when it connected. ``home`` and ``shell`` are the account's."""
+    """A caller, as the kernel vouched for it when it connected. ``home`` and ``shell`` are the account's.
+
+    ``how``: what says who it is, the Unix socket or a bearer token.
+    """
 
     uid: int
     gid: int
@@ -17,6 +21,7 @@ class Actor:
     home: str
     shell: str
     is_admin: bool
+    how: Literal["unix", "token"] = "unix"
 
     def may_see(self, uid: int) -> bool:
         """Whether environments of ``uid`` exist for this caller at all."""

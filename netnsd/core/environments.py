@@ -335,12 +335,11 @@ class Environments:
         for step in steps:
             await step()
 
-    async def attach(self, request: wire.ExecRequest, actor: Actor, connection: int) -> int:
+    async def attach(self, environment: Environment, request: wire.ExecRequest, actor: Actor, connection: int) -> int:
         """Run a command in an environment on descriptors that the peer of ``connection`` (borrowed) will send.
 
         Returns a descriptor that can be read from when the session has ended. The caller closes it.
         """
-        environment = self.registry.find(request.ref, actor)
         command = specification.command(
             argv=request.command, env=request.env, cwd=request.cwd, umask=request.umask, limits=request.limits,
             setuid=request.setuid, actor=actor, allow_setuid=self.settings.allow_setuid)

@@ -144,7 +144,9 @@ class Registry:
         found = self.own(actor, ref) or self._by_id.get(ref)
         if found is None and "." in ref:
             name, _, user = ref.partition(".")
-            found = next((e for e in self._by_name.values() if e.name == name and e.user == user), None)
+            # Whoever may not see it is not told by the time that this takes, either.
+            found = next((e for e in self._by_name.values()
+                          if actor.may_see(e.uid) and e.name == name and e.user == user), None)
         if found is None or found.stock or not actor.may_see(found.uid):
             raise NotFound(f"there is no environment {ref[:80]!r}", hint="`netnsctl ls` lists yours.", ref=ref[:80])
         return found

@@ -27,6 +27,7 @@ from netnsd.api.bearer import Bearer
 from netnsd.api.closing import Closer
 from netnsd.api.routes import Context
 from netnsd.api.server import Gate, HttpServer
+from netnsd.api.trail import Trail
 from netnsd.core import views
 from netnsd.core.batch import Shared
 from netnsd.core.environments import Environments
@@ -97,7 +98,7 @@ class Node:
         self._dismantles = dismantles
         self._clock = UtcClock()
         self._started_at = self._clock.now()
-        self._events = EventLog(self._clock.now)
+        self._events, self._audit = EventLog(self._clock.now), EventLog(self._clock.now)
         self._http: HttpServer | None = None
         self._doors: list[Door] = []
         self._state_trouble = ""
@@ -243,13 +244,15 @@ class Node:
 
     async def _open_sockets(self, nursery: trio.Nursery, files: EnvironmentFiles) -> None:
         api, attach = self._door(API_SOCKET), self._door(ATTACH_SOCKET)
+        trail = Trail(self._audit.emit)
         context = Context(self.environments, self._templates, Metrics(self._figures).text, self._info, self._examine,
                           files.log_path, logfile.read, self._events.follow, tokens=self._tokens,
-                          projects=self._projects, policies=self._policies)
+                          projects=self._projects, policies=self._policies, follow_audit=self._audit.follow,
+                          trail=trail)
         closer = Closer(filters_descriptors=api.filters_descriptors)
         pace = Pace(self._config.api.requests_per_second, self._config.api.requests_burst)
         self._http = HttpServer(Bearer(application(context), self._tokens, pace), closer)
-        attach_server = AttachServer(self.environments, closer)
+        attach_server = AttachServer(self.environments, closer, trail)
         gate = Gate(self._config.daemon.admin_group, self._config.daemon.connections_per_user, closer)
         for door, server in ((api, self._http), (attach, attach_server)):
             accept = partial(gate.serve, handler=server.handle, nursery=nursery, refused=server.refusal)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import AsyncGenerator, Callable
+from operator import attrgetter
 from typing import Any
 
 import trio
@@ -24,15 +25,20 @@ class EventLog:
     def __init__(self, now: Callable[[], str]) -> None:
         self._now = now
         self._seq = 0
-        self._past: deque[tuple[int, wire.Event]] = deque(maxlen=_REMEMBERED)
+        self._past: dict[int, deque[wire.Event]] = {}
         self._followers: set[trio.MemorySendChannel[tuple[int, wire.Event]]] = set()
 
-    def emit(self, kind: str, uid: int, environment: str, name: str, **details: Any) -> None:
-        """Tell everybody; ``uid`` is the environment's owner's."""
+    def emit(self, kind: str, uid: int, environment: str, name: str, /, **details: Any) -> None:
+        """Tell everybody; ``uid`` is whose event it is: the environment's owner's.
+
+        Of those who have events remembered, the one who has most loses the oldest: nobody can crowd out others'.
+        """
         self._seq += 1
         event = wire.Event(seq=self._seq, time=self._now(), kind=kind, environment=environment, name=name,
                            details=details)
-        self._past.append((uid, event))
+        self._past.setdefault(uid, deque()).append(event)
+        if sum(map(len, self._past.values())) > _REMEMBERED:
+            max(self._past.values(), key=len).popleft()
         for follower in list(self._followers):
             try:
                 follower.send_nowait((uid, event))
@@ -40,15 +46,19 @@ class EventLog:
                 follower.close()
                 self._followers.discard(follower)
 
-    async def follow(self, may_see: Callable[[int], bool], after: int) -> AsyncGenerator[wire.Event, None]:
-        """Remembered events later than number ``after`` that the follower may see, then new ones, for ever."""
+    async def follow(self, may_see: Callable[[int], bool], after: int, goes_on: bool = True,
+                     ) -> AsyncGenerator[wire.Event, None]:
+        """Remembered events later than number ``after`` that the follower may see; then new ones, where it goes on."""
         send, receive = trio.open_memory_channel[tuple[int, wire.Event]](_FOLLOWER_BACKLOG)
-        past = list(self._past)
+        past = sorted((event for uid, events in self._past.items() if may_see(uid) for event in events),
+                      key=attrgetter("seq"))
         self._followers.add(send)
         try:
-            for uid, event in past:
-                if event.seq > after and may_see(uid):
+            for event in past:
+                if event.seq > after:
                     yield event
+            if not goes_on:
+                return
             async for uid, event in receive:
                 if may_see(uid):
                     yield event

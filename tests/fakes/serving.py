@@ -23,6 +23,7 @@ from netnsd.api.closing import Closer
 from netnsd.api.routes import Context
 from netnsd.api.server import Gate, HttpServer
 from netnsd.api.tcp import TcpGate
+from netnsd.api.trail import Trail
 from netnsd.core.actor import Actor
 from netnsd.core.pace import Pace
 from netnsd.observability.events import EventLog
@@ -78,7 +79,7 @@ class Client:
     async def ask(self, method: str, path: str, body: Any = None, **headers: str) -> Answer:
         """A request, and its answer. A body that is not bytes is sent as JSON."""
         data = body if isinstance(body, bytes) else b"" if body is None else json.dumps(body).encode()
-        lines = [f"{method} {path} HTTP/1.1", "Host: netnsd", f"Content-Length: {len(data)}",
+        lines = [f"{method} {path} HTTP/1.1", "Host: localhost", f"Content-Length: {len(data)}",
                  *(f"{name.replace('_', '-')}: {value}" for name, value in headers.items())]
         await self.send("\r\n".join(lines).encode() + b"\r\n\r\n" + data)
         return await self.answer(has_body=method != "HEAD")
@@ -146,6 +147,7 @@ class Served:
     gate: Gate
     tcp_gate: TcpGate
     port: int
+    audit: EventLog
     actor: Actor | None = ALICE
     handled: list[Actor] = field(default_factory=list)
 
@@ -188,7 +190,8 @@ async def serving(directory: Path, *, filters: bool | None = None, connections_p
                   tls: ssl.SSLContext | None = None) -> AsyncIterator[Served]:
     """Serve in ``directory``, and by TCP. ``filters``: whether the kernel refuses descriptors; None where it can."""
     world = world or World(directory / "state")
-    events = EventLog(world.clock.now)
+    events, audit = EventLog(world.clock.now), EventLog(world.clock.now)
+    trail = Trail(audit.emit)
 
     async def no_doctor() -> list[wire.Check]:
         return []
@@ -209,7 +212,7 @@ async def serving(directory: Path, *, filters: bool | None = None, connections_p
     async with world.running() as environments:
         context = Context(environments, world.templates, lambda: b"netnsd_test 1\n", info, doctor or no_doctor,
                           world.files.log_path, read_log, events.follow, tokens=world.tokens, projects=world.projects,
-                          policies=world.policies, named=named)
+                          policies=world.policies, named=named, follow_audit=audit.follow, trail=trail)
         api, attach = _listener(directory / "api.sock"), _listener(directory / "attach.sock")
         with api, attach, socket.create_server(("127.0.0.1", 0)) as listener:
             filtered = peer.refuse_descriptors(api) if filters in (True, None) else False
@@ -221,8 +224,8 @@ async def serving(directory: Path, *, filters: bool | None = None, connections_p
             tcp_gate = TcpGate(http.handle_visitor, supernet=world.plan.supernet, tls=tls,
                                connections_per_user=connections_per_user, refused=http.refusal)
             served = Served(world, str(directory / "api.sock"), str(directory / "attach.sock"), http, events, gate,
-                            tcp_gate, listener.getsockname()[1], actor)
-            attach_server = AttachServer(environments, closer)
+                            tcp_gate, listener.getsockname()[1], audit, actor)
+            attach_server = AttachServer(environments, closer, trail)
 
             async def handle(connection: trio.socket.SocketType, real: Actor) -> None:
                 served.handled.append(real)

@@ -23,6 +23,7 @@ import trio.testing
 from netnsd import wire
 from netnsd.api.app import application
 from netnsd.api.routes import Context
+from netnsd.api.trail import Trail
 from netnsd.core.actor import Actor
 from netnsd.core.interfaces import Listener
 from netnsd.core.pool import PoolSettings
@@ -211,7 +212,8 @@ class FakeDriver:
         events = EventLog(self.world.clock.now)
         return application(Context(environments, self.world.templates, lambda: b"", info, doctor,
                                    self.world.files.log_path, read_log, events.follow, tokens=self.world.tokens,
-                                   projects=self.world.projects, policies=self.world.policies))
+                                   projects=self.world.projects, policies=self.world.policies,
+                                   follow_audit=events.follow, trail=Trail(events.emit)))
 
     async def _request(self, actor: Actor, method: str, path: str, body: Any) -> tuple[int, Any]:
         data = b"" if body is None else json.dumps(body).encode()
@@ -219,7 +221,7 @@ class FakeDriver:
         scope = {"type": "http", "http_version": "1.1", "method": method, "scheme": "http", "path": unquote(plain),
                  "raw_path": plain.encode(), "query_string": query.encode(), "root_path": "",
                  "server": ("netnsd", None), "state": {"actor": actor, "grant": VOUCHED_FOR, "stopping": lambda: False},
-                 "headers": [(b"host", b"netnsd"), (b"content-length", str(len(data)).encode())]}
+                 "headers": [(b"host", b"localhost"), (b"content-length", str(len(data)).encode())]}
         received, sent = [{"type": "http.request", "body": data, "more_body": False}], []
 
         async def receive() -> dict[str, Any]:
@@ -236,7 +238,9 @@ class FakeDriver:
 
     async def _attach(self, actor: Actor, ref: str, code: int) -> int | str:
         try:
-            ended = await self.world.environments.attach(wire.ExecRequest(ref=ref, command=["true"], cwd="/"), actor, 0)
+            environment = self.world.environments.registry.find(ref, actor)
+            request = wire.ExecRequest(ref=ref, command=["true"], cwd="/")
+            ended = await self.world.environments.attach(environment, request, actor, 0)
         except NetnsdError as error:
             return error.code
         os.close(ended)

@@ -17,7 +17,7 @@ from netnsd.core.actor import Actor
 from tests.fakes.serving import Client, Served, error_of, serving
 from tests.fakes.world import ALICE, BOB, ROOT, request
 
-HEAD = b"POST /v1/environments HTTP/1.1\r\nHost: netnsd\r\n"
+HEAD = b"POST /v1/environments HTTP/1.1\r\nHost: localhost\r\n"
 CAP = 4
 
 
@@ -76,7 +76,7 @@ async def test_bodies_are_read_up_to_the_bound(served: Served, size: int, code: 
 
 
 async def test_a_head_of_the_largest_size_is_read(served: Served) -> None:
-    line = b"GET /v1/health HTTP/1.1\r\nHost: netnsd\r\nX-A: "
+    line = b"GET /v1/health HTTP/1.1\r\nHost: localhost\r\nX-A: "
     async with served.client() as client:
         await client.send(line + b"a" * (stream.HEAD_BYTES - len(line)) + b"\r\n\r\n")
         assert (await client.answer()).status == 200
@@ -134,7 +134,7 @@ async def test_a_client_that_leaves_before_its_answer_does_not_count(
     environment = await served.world.environments.create(request("web", "server", ports=1), ALICE)
     for _ in range(2 * CAP):
         async with served.client() as client:
-            wait = b"GET /v1/environments/web/wait?timeout=0.05 HTTP/1.1\r\nHost: netnsd\r\n\r\n"
+            wait = b"GET /v1/environments/web/wait?timeout=0.05 HTTP/1.1\r\nHost: localhost\r\n\r\n"
             await client.send(wait * pipelined)
             await trio.sleep(0.01)
         await until_open(served, 0)
@@ -254,7 +254,7 @@ async def test_anothers_environment_is_not_there_for_attach(served: Served) -> N
 
 async def test_stopping_ends_what_a_client_that_does_not_read_holds_up(served: Served) -> None:
     async with served.client() as deaf:
-        await deaf.send(b"GET /openapi.json HTTP/1.1\r\nHost: netnsd\r\n\r\n" * 100)
+        await deaf.send(b"GET /openapi.json HTTP/1.1\r\nHost: localhost\r\n\r\n" * 100)
         await trio.sleep(0.1)
         with trio.fail_after(3):
             await served.http.stop(0.1)
@@ -266,7 +266,7 @@ async def test_connections_leave_no_descriptor_behind(served: Served) -> None:
         assert error_of(await served.ask("GET", "/nothing"))
         await served.raw(b"nonsense\r\n\r\n")
         async with served.client() as client:
-            await client.send(b"GET /v1/events HTTP/1.1\r\nHost: netnsd\r\n\r\n")
+            await client.send(b"GET /v1/events HTTP/1.1\r\nHost: localhost\r\n\r\n")
             await client.stream.receive_some(10)
         await until_open(served, 0)
 

@@ -19,7 +19,7 @@ from netnsd.errors import BadRequest
 from tests.fakes.serving import Served, serving
 from tests.fakes.world import ALICE, request
 
-HEALTH = b"GET /v1/health HTTP/1.1\r\nHost: netnsd\r\n\r\n"
+HEALTH = b"GET /v1/health HTTP/1.1\r\nHost: localhost\r\n\r\n"
 LINGER_SECONDS = 3
 
 
@@ -108,7 +108,7 @@ async def test_descriptors_beside_a_request_do_not_stay(served: Served, count: i
     await until_closed(before)
 
 
-@pytest.mark.parametrize("data", [HEALTH, HEALTH[:20], b"POST /v1/environments HTTP/1.1\r\nHost: x\r\n"  # noqa: ISC004
+@pytest.mark.parametrize("data", [HEALTH, HEALTH[:20], b"POST /v1/environments HTTP/1.1\r\nHost: localhost\r\n"  # noqa: ISC004
                                   b"Content-Length: 100\r\n\r\n{", b"nonsense\r\n\r\n"],
                          ids=["request", "part of a head", "part of a body", "nonsense"])
 async def test_a_lingering_socket_does_not_stall_the_loop(served: Served, data: bytes) -> None:
@@ -128,7 +128,7 @@ async def test_a_lingering_socket_does_not_stall_the_loop(served: Served, data: 
 async def test_lingering_sockets_that_were_not_read_do_not_stall_the_loop(served: Served) -> None:
     """They lie in the socket's queue when the server closes it."""
     with connect(served.path) as client:
-        client.sendall(b"POST /v1/environments HTTP/1.1\r\nHost: x\r\nContent-Length: 104857600\r\n\r\n")
+        client.sendall(b"POST /v1/environments HTTP/1.1\r\nHost: localhost\r\nContent-Length: 104857600\r\n\r\n")
         smuggled = lingering()
         smuggle(client, b"x", smuggled.fileno())
         if not served.http._closer.filters_descriptors:

@@ -17,7 +17,7 @@ from netnsd.api import stream
 from netnsd.errors import BadRequest
 from tests.fakes.serving import Served, serving
 
-HOST = b"Host: netnsd\r\n"
+HOST = b"Host: localhost\r\n"
 POST = b"POST /v1/environments HTTP/1.1\r\n" + HOST
 HEALTH = b"GET /v1/health HTTP/1.1\r\n" + HOST
 
@@ -29,8 +29,8 @@ REFUSED = {
     "Transfer-Encoding before a space": HEALTH + b"Transfer-Encoding : chunked\r\n\r\n",
     "folded header": HEALTH + b"X-A: 1\r\n 2\r\n\r\n",
     "folded header by tab": HEALTH + b"X-A: 1\r\n\t2\r\n\r\n",
-    "folded first header": b"GET /v1/health HTTP/1.1\r\n Host: netnsd\r\n\r\n",
-    "bare line feeds": b"GET /v1/health HTTP/1.1\nHost: netnsd\n\n",
+    "folded first header": b"GET /v1/health HTTP/1.1\r\n Host: localhost\r\n\r\n",
+    "bare line feeds": b"GET /v1/health HTTP/1.1\nHost: localhost\n\n",
     "a bare line feed among good lines": HEALTH + b"X-A: 1\nX-B: 2\r\n\r\n",
     "bare line feeds before a body that ends a head": b"POST / HTTP/1.1\nContent-Length: 4\n\n\r\n\r\n",
     "a bare carriage return": HEALTH + b"X-A: 1\rX-B: 2\r\n\r\n",
@@ -182,7 +182,7 @@ def test_large_heads_are_checked_in_bounded_time(head: bytes) -> None:
     assert time.perf_counter() - begun < 0.1
 
 
-@given(st.lists(st.sampled_from([b"GET / HTTP/1.1\r\nHost: x\r\n", b"\r\n",
+@given(st.lists(st.sampled_from([b"GET / HTTP/1.1\r\nHost: localhost\r\n", b"\r\n",
                                   b"\n", b"\r", b" ", b"\t", b":", b"a", b"1", b"Content-Length", b"GET /",
                                  b"HTTP/1.1", b"\0", b"\xff", b"\r\n\r\n", b"Host: x"]), max_size=30).map(b"".join))
 def test_any_head_is_a_length_or_refused(head: bytes) -> None:

@@ -153,7 +153,7 @@ async def test_events_are_of_ones_own(served: Served) -> None:
     for owner in (BOB, ALICE):
         served.events.emit("created", owner.uid, owner.user, f"of-{owner.user}")
     async with served.client() as client:
-        await client.send(b"GET /v1/events HTTP/1.1\r\nHost: netnsd\r\n\r\n")
+        await client.send(b"GET /v1/events HTTP/1.1\r\nHost: localhost\r\n\r\n")
         seen = b""
         with trio.fail_after(5):
             while b"of-alice" not in seen:
@@ -164,7 +164,7 @@ async def test_events_are_of_ones_own(served: Served) -> None:
 async def test_followers_that_left_are_forgotten(served: Served) -> None:
     for _ in range(3):
         async with served.client() as client:
-            await client.send(b"GET /v1/events HTTP/1.1\r\nHost: netnsd\r\n\r\n")
+            await client.send(b"GET /v1/events HTTP/1.1\r\nHost: localhost\r\n\r\n")
             with trio.fail_after(5):
                 while not served.events._followers:
                     await trio.sleep(0.005)

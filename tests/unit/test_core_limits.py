@@ -24,7 +24,7 @@ async def test_every_command_of_a_limited_environment_joins_its_limit(tmp_path: 
     async with world.running() as environments:
         environment = await environments.create(wire.CreateRequest(
             name="web", command=["server"], resources=LIMITED, health=wire.HealthCheck(command=["./check"])), ALICE)
-        await environments.attach(wire.ExecRequest(ref="web", command=["sh"]), ALICE, 0)
+        await environments.attach(environment, wire.ExecRequest(ref="web", command=["sh"]), ALICE, 0)
         await trio.sleep(0.05)
         assert world.cgroups.limited == {environment.slot.cgroup: LIMITED}
         launches = [*world.processes.launches, *(launch for launch, _ in world.processes.attached)]
