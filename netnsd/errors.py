@@ -168,6 +168,12 @@ class PortTaken(NetnsdError):
     code, status, exit_code = "port_taken", 409, EXIT_CONFLICT
 
 
+class IdempotencyConflict(NetnsdError):
+    """The Idempotency-Key was sent before, with another request. Each request has a key of its own."""
+
+    code, status, exit_code = "idempotency_conflict", 422, EXIT_CONFLICT
+
+
 class WrongState(NetnsdError):
     """The environment is not in a state in which that can be done, for example it is being removed."""
 

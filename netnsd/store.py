@@ -219,7 +219,7 @@ class SqliteStore:
                     slot=self._slot(row["slot"]), netns=row["netns"],
                     labels=msgspec.json.decode(row["labels"], type=dict[str, str]),
                     share=row["share"], created_at=row["created_at"], boot_id=row["boot_id"],
-                    stock=row["stock"], egress=row["egress"],
+                    stock=row["stock"], request=row["request"], egress=row["egress"],
                     resources=msgspec.json.decode(row["resources"], type=wire.Resources),
                     ports=tuple(ports.get(row["id"], ())), state=row["state"], services=services.get(row["id"], {}))
                 for row in self._db.execute("SELECT * FROM environments ORDER BY rowid")
@@ -231,9 +231,10 @@ class SqliteStore:
         with _translated():
             self._db.execute(
                 "INSERT INTO environments (id, name, uid, user, slot, netns, labels, share, state, created_at, boot_id,"
-                " stock, resources, egress) VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)",
+                " stock, resources, egress, request) VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)",
                 (e.id, e.name, e.uid, e.user, e.slot.index, e.netns, json.dumps(e.labels), e.share, e.state,
-                 e.created_at, e.boot_id, e.stock, msgspec.json.encode(e.resources).decode(), e.egress))
+                 e.created_at, e.boot_id, e.stock, msgspec.json.encode(e.resources).decode(), e.egress,
+                 e.request))
             self._db.executemany(
                 "INSERT INTO ports (environment, port, protocol, published, listen) VALUES (?, ?, ?, ?, ?)",
                 [(e.id, p.port, p.protocol, p.published, p.listen) for p in e.ports])
@@ -249,9 +250,9 @@ class SqliteStore:
         e = environment
         with _translated():
             # The youngest from now on. By number, as the clock may be set back.
-            self._db.execute("UPDATE environments SET name = ?, netns = ?, labels = ?, stock = ?, created_at = ?,"
-                             " rowid = (SELECT max(rowid) + 1 FROM environments) WHERE id = ?",
-                             (e.name, e.netns, json.dumps(e.labels), e.stock, e.created_at, e.id))
+            self._db.execute("UPDATE environments SET name = ?, netns = ?, labels = ?, stock = ?, request = ?,"
+                             " created_at = ?, rowid = (SELECT max(rowid) + 1 FROM environments) WHERE id = ?",
+                             (e.name, e.netns, json.dumps(e.labels), e.stock, e.request, e.created_at, e.id))
 
     def change(self, environment: Environment) -> None:
         """See ``core.interfaces.Store``."""

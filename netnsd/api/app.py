@@ -23,6 +23,7 @@ from netnsd.api.trail import DONE, Deed
 from netnsd.errors import (
     BodyTooLarge,
     Forbidden,
+    InvalidRequest,
     MethodNotAllowed,
     NetnsdError,
     NoRoute,
@@ -104,7 +105,8 @@ class _Endpoint:
         query: dict[str, list[str]] = {}
         for name, value in request.query_params.multi_items():
             query.setdefault(name, []).append(value)
-        call = Call(self._context, deed.actor, request.state.grant, deed.ref, query, body, deed)
+        call = Call(self._context, deed.actor, request.state.grant, deed.ref, query, body, deed,
+                    _key(request) if self._route.is_keyed else None)
         began = time.perf_counter()
         answer = await (self._while_there(request, call) if self._route.waits else self._route.handler(call))
         if self._route.answer is None:
@@ -131,6 +133,13 @@ class _Endpoint:
         if answer is None:
             raise ClientDisconnect
         return answer
+
+
+def _key(request: Request) -> str | None:
+    keys = request.headers.getlist("idempotency-key")
+    if len(keys) > 1:
+        raise InvalidRequest("Idempotency-Key is given twice", hint="Send it once.")
+    return keys[0] if keys else None
 
 
 async def _until_left(request: Request, scope: trio.CancelScope) -> None:

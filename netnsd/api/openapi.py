@@ -13,6 +13,7 @@ import msgspec
 from netnsd import __version__, errors, wire
 from netnsd.api import constraints, problems
 from netnsd.api.routes import ROUTES, Route
+from netnsd.core.once import MOST_CHARACTERS
 
 _REFS = "#/components/schemas/{name}"
 _IN_PATHS: dict[str, tuple[str, dict[str, Any]]] = {
@@ -122,6 +123,9 @@ def _operation(route: Route, by_type: dict[Any, Any]) -> dict[str, Any]:
                "description": meaning} for name, (meaning, schema) in _IN_PATHS.items() if f"{{{name}}}" in route.path),
             *({"name": name, "in": "query", "required": False, "description": meaning,
                "schema": constraints.QUERY.get(name, {"type": "string"})} for name, meaning in route.query.items()),
+            *({"name": "Idempotency-Key", "in": "header", "required": False,
+               "schema": {"type": "string", "minLength": 1, "maxLength": MOST_CHARACTERS, "pattern": "^[!-~]([ -~]*[!-~])?$"},
+               "description": "the same key and body again: what the first made"} for _ in range(route.is_keyed)),
         ],
         "responses": {**{status: {"description": meaning, "headers": _VERSION, "content": content, **_links(route)}
                          for status, meaning in done.items()},

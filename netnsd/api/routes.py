@@ -5,8 +5,9 @@ from __future__ import annotations
 import contextlib
 import enum
 import re
-from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import msgspec
@@ -71,7 +72,7 @@ class Context:
 class Call:
     """One request: ``body`` is decoded to the route's type, ``query`` has each parameter's last value.
 
-    ``deed``: what the audit trail is to tell of it.
+    ``deed``: what the audit trail is to tell of it. ``key``: its Idempotency-Key, on routes that take one.
     """
 
     context: Context
@@ -81,6 +82,7 @@ class Call:
     query: dict[str, list[str]]
     body: Any
     deed: Deed
+    key: str | None = None
 
     def environment(self) -> Environment:
         """The environment that the path names. Raises NotFound."""
@@ -119,8 +121,8 @@ class Call:
 class Route:
     """One row. ``answer`` None: a stream, of ``content_type``. ``query``: parameter name to what it means.
 
-    ``scope``: what a token has to be good for: ``write`` where anything changes. ``waits``: it changes nothing and may
-    take long, so it ends with its client.
+    ``is_keyed``: it takes an Idempotency-Key. ``scope``: what a token has to be good for: ``write`` where anything
+    changes. ``waits``: it changes nothing and may take long, so it ends with its client.
     """
 
     method: str
@@ -134,6 +136,7 @@ class Route:
     content_type: str = "application/json"
     query: dict[str, str] = field(default_factory=dict)
     waits: bool = False
+    is_keyed: bool = False
     scope: wire.Scope = field(kw_only=True)
 
 
@@ -172,11 +175,18 @@ def _labels(call: Call) -> dict[str, str]:
 
 
 async def _create(call: Call) -> wire.Environment | wire.EnvironmentList:
-    create = call.context.templates.create
-    call.deed.name = call.body.name or ""
-    if call.body.count is None:
-        return views.environment(call.deed.about(await create(call.body, call.actor)))
-    made = await call.context.environments.create_many(call.body, call.actor, create)
+    service, request = call.context.environments, call.body
+    call.deed.name = request.name or ""
+
+    async def make(mark: str, there: Sequence[Environment]) -> list[Environment]:
+        create = partial(call.context.templates.create, mark=mark)
+        if request.count is None:
+            return [await create(request, call.actor)]
+        return await service.create_many(request, call.actor, create, there)
+
+    made = await service.once.make(call.actor, call.key, request, make)
+    if request.count is None:
+        return views.environment(call.deed.about(made[0]))
     return wire.EnvironmentList(environments=[views.environment(call.deed.about(e)) for e in made])
 
 
@@ -464,7 +474,7 @@ ROUTES: tuple[Route, ...] = (
           query={"all": "1: everyone's that the caller may see", "label": "k=v, may be given more than once"},
           scope="read"),
     Route("POST", "/v1/environments", Permission.ANYONE, _create, "Create an environment, and start its services",
-          wire.Environment | wire.EnvironmentList, body=wire.CreateRequest, status=201, scope="write"),
+          wire.Environment | wire.EnvironmentList, body=wire.CreateRequest, status=201, is_keyed=True, scope="write"),
     Route("DELETE", "/v1/environments", Permission.OWNER, _remove_many,
           "Remove many of one's environments; they are gone with the answer", wire.Removal,
           query={"ref": "which, may be given more than once", "label": "k=v: those with all of these labels",

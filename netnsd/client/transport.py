@@ -20,6 +20,7 @@ from netnsd.errors import (
     NetnsdError,
     NotFound,
     Overloaded,
+    ShuttingDown,
     SocketForbidden,
     TooManyCreations,
 )
@@ -34,6 +35,7 @@ ANSWER_SECONDS = 120.0
 # How long a daemon that has too much to do is asked again, and not more often than that.
 PATIENCE_SECONDS = 30.0
 _LEAST_PAUSE_SECONDS = 0.1
+_AGAIN_SECONDS = 0.2
 _HEAD_BYTES_MAX = 65536
 _UNRESERVED = frozenset(b"ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789-._~")
 
@@ -158,33 +160,45 @@ class Client:
         return self.begin(method, path, body, seconds).value()
 
     def request_patiently(self, method: str, path: str, body: object, patience: float = PATIENCE_SECONDS) -> Any:
-        """As ``request``; where the daemon says when to ask again, do so, for ``patience`` seconds in all."""
+        """As ``request``; where the daemon says when to ask again, do so, for ``patience`` seconds in all.
+
+        So it is where the connection is lost, or the daemon is stopping: all are sent under one key, by which it knows
+        what it has done already. Where there is no daemon from the first, that is said at once.
+        """
         give_up = time.monotonic() + patience
+        key = os.urandom(16).hex()
+        exchange: Exchange | None = self.begin(method, path, body, key=key)
         while True:
-            exchange = self.begin(method, path, body)
             try:
+                exchange = exchange or self.begin(method, path, body, key=key)
                 return exchange.value()
-            except (Overloaded, TooManyCreations):
-                pause = exchange.retry_after
+            except (Overloaded, TooManyCreations, DaemonUnreachable, ShuttingDown) as error:
+                is_told = isinstance(error, Overloaded | TooManyCreations)
+                pause = exchange.retry_after if exchange and is_told else _AGAIN_SECONDS
                 if pause is None or time.monotonic() + pause > give_up:
                     raise
+            exchange = None
             time.sleep(max(pause, _LEAST_PAUSE_SECONDS))  # noqa: TID251  # no loop here, and the daemon said when
 
     def stream(self, path: str) -> Iterator[bytes]:
         """GET a body of bytes, piece by piece as they come."""
         return self.begin("GET", path, None, None).pieces()
 
-    def begin(self, method: str, path: str, body: object = None, seconds: float | None = ANSWER_SECONDS) -> Exchange:
+    def begin(self, method: str, path: str, body: object = None, seconds: float | None = ANSWER_SECONDS,
+              key: str | None = None) -> Exchange:
         """Send a request on a connection of its own; the caller takes the answer's ``value()`` or ``pieces()``.
 
-        Each piece of the answer may take ``seconds``, None for ever. Raises DaemonUnreachable or SocketForbidden.
+        Each piece of the answer may take ``seconds``, None for ever. ``key``: an Idempotency-Key. Raises
+        DaemonUnreachable or SocketForbidden.
         """
         payload = b"" if body is None else json.dumps(body).encode()
         head = (f"{method} {path} HTTP/1.1\r\nHost: localhost\r\nUser-Agent: netnsctl/{netnsd.__version__}\r\n"
                 "Accept: */*\r\nConnection: close\r\n")
         if body is not None:
             head += f"Content-Type: application/json\r\nContent-Length: {len(payload)}\r\n"
-        elif method != "GET":
+        if key is not None:
+            head += f'Idempotency-Key: "{key}"\r\n'
+        if body is None and method != "GET":
             head += "Content-Length: 0\r\n"
         connection = connect(self.path)
         connection.settimeout(seconds)

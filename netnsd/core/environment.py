@@ -72,6 +72,7 @@ class Environment:
     """One environment. Mutable where its life changes it: ``state`` and ``services``.
 
     ``stock``: the id of the template that it is kept for, started before anybody asked; "" when it has been asked for.
+    ``request``: the mark of the request that it was made by (``once.Mark``), "" where that had no key.
     ``share`` and ``egress`` are as in ``wire.Specification``; ``guests`` are the ids of whom ``share`` names, and not
     stored. ``oom_kills`` as far as they were noticed; the kernel keeps that.
     """
@@ -87,6 +88,7 @@ class Environment:
     created_at: str
     boot_id: str
     stock: str = ""
+    request: str = ""
     egress: str = "allow"
     resources: wire.Resources = field(default_factory=wire.Resources)
     ports: tuple[PublishedPort, ...] = ()

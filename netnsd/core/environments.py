@@ -25,6 +25,7 @@ from netnsd.core.allocation import SlotAllocator
 from netnsd.core.caretaker import Caretaker
 from netnsd.core.environment import Environment
 from netnsd.core.interfaces import Adapters, Emit
+from netnsd.core.once import Once
 from netnsd.core.particulars import Particulars, opening
 from netnsd.core.policing import Policing
 from netnsd.core.pool import FIRST_SERVICE, Pool, SlotMaker, SlotSpoilt
@@ -58,6 +59,7 @@ class Environments:
         self.registry = Registry(settings, adapters.store, adapters.clock, self._slots,
                                  is_listening=adapters.firewall.is_listening, is_taken=adapters.network.is_taken)
         self._sharing = Sharing(adapters.firewall, self.registry, self._particulars, members)
+        self.once = Once(self.registry)
         self._settling = Settling(adapters, self.registry, self._particulars, self._quiet)
         self.policing = Policing(adapters, self.registry, plan.supernet, emit)
         self._supervisor = Supervisor(adapters, emit, settings.hard_limits, turn=self._ready,
@@ -91,21 +93,27 @@ class Environments:
 
     # -- making -------------------------------------------------------------------------------------------------
 
-    async def create(self, request: wire.CreateRequest, actor: Actor) -> Environment:
+    async def create(self, request: wire.CreateRequest, actor: Actor, mark: str = "") -> Environment:
         """Make an environment and start its services. It is whole when this returns, or gone when it raises.
 
+        ``mark``: of the request (``once.Mark``), to be kept with it.
         Raises Overloaded where too many creations of the actor's wait already.
         """
         with self._quiet.disturbed():
             async with self.admission.turn(actor.uid) as give_back:
-                return await self._create(request, actor, give_back)
+                return await self._create(request, actor, mark, give_back)
 
     async def create_many(
         self, request: wire.CreateRequest, actor: Actor,
-        create: Callable[[wire.CreateRequest, Actor], Awaitable[Environment]],
+        create: Callable[[wire.CreateRequest, Actor], Awaitable[Environment]], there: Sequence[Environment] = (),
     ) -> list[Environment]:
-        """Make ``count`` environments by ``create``, or none where one cannot be made. Others take turns with these."""
-        numbers = specification.check_count(request.count)
+        """Make ``count`` environments by ``create``, or none where one cannot be made. Others take turns with these.
+
+        Those that are ``there`` already are some of them. Returns all.
+        """
+        names = {environment.name for environment in there}
+        numbers = [number for number in specification.check_count(request.count)
+                   if (number > len(there) if request.name is None else f"{request.name}-{number}" not in names)]
         if request.template is None and not request.replace:  # nothing is made in vain
             resources = specification.check_resources(request.resources, self.settings.resources)
             self.registry.quotas.require(actor.uid, resources, len(request.ports), len(numbers))
@@ -134,14 +142,15 @@ class Environments:
         if failures:
             await self._undo_all(made)
             raise failures[0]
-        return sorted(made, key=lambda e: (len(e.name), e.name))
+        return sorted([*there, *made], key=lambda e: (len(e.name), e.name))
 
     async def _undo_all(self, environments: list[Environment]) -> None:
         with trio.CancelScope(shield=True):
             await self._removal.remove_quietly(environments)
 
-    async def _create(self, request: wire.CreateRequest, actor: Actor, wired: Callable[[], None]) -> Environment:
-        blueprint = await self._blueprint(request, actor)
+    async def _create(self, request: wire.CreateRequest, actor: Actor, mark: str,
+                      wired: Callable[[], None]) -> Environment:
+        blueprint = replace(await self._blueprint(request, actor), request=mark)
         existing = self.registry.own(actor, blueprint.name) if request.replace else None
         if existing is not None:  # it stays where nothing could come in its place
             self.registry.quotas.require(actor.uid, blueprint.resources, len(blueprint.ports), instead_of=existing)
@@ -174,7 +183,8 @@ class Environments:
         async with self.admission.turn(actor.uid) as give_back:
             return await self._make(blueprint, actor, self._plan.slot(self._slots.take()), give_back, is_warm=False)
 
-    async def hand_over(self, environment: Environment, name: str, labels: dict[str, str]) -> Environment:
+    async def hand_over(self, environment: Environment, name: str, labels: dict[str, str],
+                        mark: str = "") -> Environment:
         """Give an environment of the stock its name and labels: its owner has it then, as if just created.
 
         Its id, address and ports stay, and what its servers know of themselves. Raises NameTaken and NetnsTaken, and
@@ -187,7 +197,7 @@ class Environments:
                     await self._a.network.claim(environment.slot, new)
                     self._waits.require(environment)  # it may have been removed meanwhile
                     was_concerned = self.policing.concerns(environment)
-                    self.registry.hand_over(environment, name, new, labels)
+                    self.registry.hand_over(environment, name, new, labels, mark)
                 except BaseException:
                     await self._unname(environment, new)
                     raise

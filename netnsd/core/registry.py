@@ -49,7 +49,7 @@ class Settings:
 
 @dataclass(frozen=True, slots=True)
 class Blueprint:
-    """A request that was checked, and means something. ``stock`` and ``guests``: as in Environment."""
+    """A request that was checked, and means something. ``stock``, ``request``, ``guests``: as in Environment."""
 
     name: str
     labels: dict[str, str]
@@ -59,6 +59,7 @@ class Blueprint:
     services: dict[str, Service]
     resources: wire.Resources
     stock: str = ""
+    request: str = ""
     guests: tuple[int, ...] = ()
 
     @classmethod
@@ -105,6 +106,7 @@ class Registry:
         self._by_id: dict[str, Environment] = {}
         self._by_name: dict[tuple[int, str], Environment] = {}
         self._stock_names: set[tuple[int, str]] = set()
+        self._by_key: dict[tuple[int, str], dict[str, Environment]] = {}
         self._netns: set[str] = set()
         self._slots = slots
         self.quotas = Quotas(settings.quota, store)
@@ -174,7 +176,8 @@ class Registry:
                 id=environment_id, name=blueprint.name, uid=actor.uid, user=actor.user, slot=slot, netns=netns,
                 labels=blueprint.labels, share=blueprint.share, egress=blueprint.egress,
                 created_at=self._clock.now(),
-                boot_id=self._settings.boot_id, stock=blueprint.stock, resources=blueprint.resources,
+                boot_id=self._settings.boot_id, stock=blueprint.stock, request=blueprint.request,
+                resources=blueprint.resources,
                 ports=tuple(ports[place] for place in sorted(ports)), guests=blueprint.guests,
                 services=dict(blueprint.services))
             with self._store.transaction():
@@ -216,27 +219,38 @@ class Registry:
                 del self._by_name[environment.uid, environment.name]
             if environment.stock:
                 self._stock_names.discard((environment.uid, environment.name))
+            self._unmark(environment)
             self._netns.discard(environment.netns)
             self._slots.release(environment.slot.index)
             for port in environment.ports:
                 self._ports.release(port.protocol, port.published)
 
+    def marked(self, uid: int, key: str) -> list[Environment]:
+        """A user's environments that were made under a key, given as its digest, and are not going."""
+        return [e for e in self._by_key.get((uid, key), {}).values() if e.state != "removing"]
+
     def stock(self, template: str) -> list[Environment]:
         """The environments that are kept for a template, oldest first."""
         return [e for e in self._by_id.values() if e.stock == template]
 
-    def hand_over(self, environment: Environment, name: str, netns: str, labels: dict[str, str]) -> None:
-        """Let an environment of the stock be its owner's, as ``name``. All or nothing; its old name stays taken."""
+    def hand_over(self, environment: Environment, name: str, netns: str, labels: dict[str, str],
+                  request: str = "") -> None:
+        """Let an environment of the stock be its owner's, as ``name``. All or nothing; its old name stays taken.
+
+        ``request``: as in Environment.
+        """
         if (environment.uid, name) in self._by_name:
             raise NameTaken(f"you have an environment {name!r} already",
                             hint="Choose another name, remove it, or pass --replace.", name=name)
-        changed = replace(environment, name=name, netns=netns, labels=labels, stock="", created_at=self._clock.now())
+        changed = replace(environment, name=name, netns=netns, labels=labels, stock="", request=request,
+                          created_at=self._clock.now())
         with self._store.transaction():
             self._store.rename(changed)
         self._stock_names.discard((environment.uid, environment.name))
-        for field_name in ("name", "netns", "labels", "stock", "created_at"):
+        for field_name in ("name", "netns", "labels", "stock", "request", "created_at"):
             setattr(environment, field_name, getattr(changed, field_name))
         self._by_name[environment.uid, name] = environment
+        self._mark(environment)
         self._netns.add(netns)
 
     def rename(self, environment: Environment) -> str:
@@ -262,7 +276,20 @@ class Registry:
             self._stock_names.add((environment.uid, environment.name))
         else:
             self._by_name[environment.uid, environment.name] = environment
+        self._mark(environment)
         self._netns.add(environment.netns)
+
+    def _mark(self, environment: Environment) -> None:
+        if environment.request:
+            key = environment.uid, environment.request.partition(":")[0]
+            self._by_key.setdefault(key, {})[environment.id] = environment
+
+    def _unmark(self, environment: Environment) -> None:
+        key = environment.uid, environment.request.partition(":")[0]
+        marked = self._by_key.get(key, {})
+        marked.pop(environment.id, None)
+        if not marked:
+            self._by_key.pop(key, None)
 
     def _lease(self, wanted: wire.PortRequest, environment_id: str, actor: Actor) -> PublishedPort:
         if wanted.publish is None:

@@ -143,10 +143,10 @@ class Templates:
         return wire.Pool(name="templates", size=size, target=size, ready=sum(len(s.ready) for s in stocks),
                          claimed=sum(s.claimed for s in stocks), missed=sum(s.missed for s in stocks), reason="")
 
-    async def create(self, request: wire.CreateRequest, actor: Actor) -> Environment:
+    async def create(self, request: wire.CreateRequest, actor: Actor, mark: str = "") -> Environment:
         """Make an environment as ``Environments.create`` does; of a template, hand over one that is ready."""
         if request.template is None:
-            return await self._environments.create(request, actor)
+            return await self._environments.create(request, actor, mark)
         template = self.find(request.template, actor)
         if template.uid != actor.uid:
             raise NotFound(f"you have no template {template.name!r}", hint="A template is for its own user alone.")
@@ -158,7 +158,7 @@ class Templates:
         self._environments.registry.free_netns(name, actor.uid, actor.user)
         while (environment := self._take(template)) is not None:
             try:
-                return await self._environments.hand_over(environment, name, labels)
+                return await self._environments.hand_over(environment, name, labels, mark)
             except (WrongState, NotFound, KernelError):
                 self._environments.remove_behind(environment)
             except BaseException:
@@ -167,7 +167,7 @@ class Templates:
                     self._environments.pulse()
                 raise
         return await self._environments.create(msgspec.structs.replace(
-            _created(template.specification), name=name, labels=labels, replace=request.replace), actor)
+            _created(template.specification), name=name, labels=labels, replace=request.replace), actor, mark)
 
     def _take(self, template: Template) -> Environment | None:
         """One of the stock that still runs, for the caller alone."""

@@ -61,6 +61,8 @@ class FakeDaemon:
         # So many creations are answered with that first, with this Retry-After.
         self.overloaded = 0
         self.overload = Problem(503, "overloaded", "64 creations of yours wait already", "try again.")
+        # Of so many requests that change something, the connection is lost after these bytes of an answer.
+        self.lost: list[bytes] = []
         self.retry_after: str | None = "0"
         self.requests: list[Request] = []
         self.answers: dict[tuple[str, str], bytes | dict[str, Any] | Problem] = {}
@@ -129,6 +131,9 @@ class FakeDaemon:
         if request is None:
             return
         self.requests.append(request)
+        if self.lost and request.method != "GET":
+            connection.sendall(self.lost.pop(0))
+            return
         if self.raw_answer is not None:
             connection.sendall(self.raw_answer)
             return

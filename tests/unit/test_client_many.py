@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
+import socket
 from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
@@ -12,6 +14,7 @@ from typing import Any
 import pytest
 from click.testing import CliRunner, Result
 
+from netnsd.client import transport
 from netnsd.client.app import cli
 from tests.unit.fake_daemon import FakeDaemon, Problem
 
@@ -131,6 +134,66 @@ def test_an_overloaded_daemon_that_names_no_near_time_is_not_asked_again(
     daemon.overloaded, daemon.retry_after = 1, after
     assert run("create", "web").exit_code == 3
     assert pauses == []
+
+
+@pytest.mark.parametrize("part", [b"", b"HTTP/1.1 201 X\r\nnetnsd-version: 0.1.0\r\nContent-Length: 100\r\n\r\n{"],
+                         ids=["no answer", "half an answer"])
+def test_a_lost_answer_is_asked_for_again_under_the_same_key(
+        daemon: FakeDaemon, pauses: list[float], part: bytes) -> None:
+    daemon.lost = [part, part]
+    result = run("create", "web")
+    assert (result.exit_code, result.stderr) == (0, "")
+    assert len(pauses) == 2
+    keys = {request.headers["idempotency-key"] for request in daemon.requests}
+    assert len(daemon.requests) == 3
+    assert len(keys) == 1
+    run("create", "other")
+    assert daemon.requests[-1].headers["idempotency-key"] not in keys
+
+
+def test_patience_with_a_daemon_that_goes_away_ends(daemon: FakeDaemon, pauses: list[float]) -> None:
+    daemon.lost = [b""] * 1000
+    result = run("create", "web")
+    assert (result.exit_code, "it may be restarting" in result.stderr) == (3, True)
+    assert 29 < sum(pauses) <= 30
+
+
+def test_a_daemon_that_is_away_for_a_moment_is_found_again(
+        daemon: FakeDaemon, pauses: list[float], monkeypatch: pytest.MonkeyPatch) -> None:
+    daemon.lost = [b""]
+    refusals = [errno.ENOENT, errno.ECONNREFUSED]
+    connect = transport.connect
+
+    def refusing(path: str) -> socket.socket:
+        if daemon.lost or not refusals:
+            return connect(path)
+        transport._refused(path, OSError(refusals.pop(), ""))
+
+    monkeypatch.setattr(transport, "connect", refusing)
+    assert run("create", "web").exit_code == 0
+    assert len(pauses) == 3
+
+
+def test_a_daemon_that_is_not_there_is_not_waited_for(pauses: list[float], tmp_path: Path) -> None:
+    assert run("create", "web", "--socket", str(tmp_path / "none")).exit_code == 3
+    assert pauses == []
+
+
+def test_a_daemon_that_is_stopping_is_asked_again(daemon: FakeDaemon, pauses: list[float]) -> None:
+    daemon.answers["POST", "/v1/environments"] = Problem(503, "shutting_down", "the daemon is stopping")
+    assert run("create", "web").exit_code == 3
+    assert len({request.headers["idempotency-key"] for request in daemon.requests}) == 1
+    assert len(pauses) > 10
+
+
+@pytest.mark.parametrize("args", [("stop", "web"), ("rm", "web"), ("ls",)])
+def test_what_has_no_key_is_asked_once(daemon: FakeDaemon, pauses: list[float], args: tuple[str, ...]) -> None:
+    daemon.add("web")
+    daemon.lost = [b""]
+    daemon.raw_answer = b"" if args == ("ls",) else None
+    assert run(*args).exit_code == 3
+    assert len(daemon.requests) == 1
+    assert "idempotency-key" not in daemon.requests[0].headers
 
 
 def test_other_failures_are_not_tried_again(daemon: FakeDaemon, pauses: list[float]) -> None:
