@@ -165,9 +165,9 @@ def test_a_daemon_that_is_away_for_a_moment_is_found_again(
     connect = transport.connect
 
     def refusing(path: str) -> socket.socket:
-        if daemon.lost or not refusals:
-            return connect(path)
-        transport._refused(path, OSError(refusals.pop(), ""))
+        if refusals and not daemon.lost:
+            transport._refused(path, OSError(refusals.pop(), ""))
+        return connect(path)
 
     monkeypatch.setattr(transport, "connect", refusing)
     assert run("create", "web").exit_code == 0

@@ -86,7 +86,8 @@ async def test_what_is_gone_is_made_again(served: Served) -> None:
     assert served.world.environments.registry._by_key == {}
 
 
-async def test_one_that_comes_while_the_first_is_under_way_waits_and_gets_the_same(served: Served) -> None:
+async def test_one_that_comes_while_the_first_is_under_way_waits_and_gets_the_same(
+        served: Served, monkeypatch: pytest.MonkeyPatch) -> None:
     answers: list[Answer] = []
     entered, go = trio.Event(), trio.Event()
     launch = served.world.processes.launch
@@ -96,7 +97,7 @@ async def test_one_that_comes_while_the_first_is_under_way_waits_and_gets_the_sa
         await go.wait()
         return await launch(order)
 
-    served.world.processes.launch = slow  # type: ignore[method-assign]
+    monkeypatch.setattr(served.world.processes, "launch", slow)
 
     async def ask() -> None:
         answers.append(await create(served))
