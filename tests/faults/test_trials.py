@@ -51,6 +51,7 @@ ELSEWHERE = {
     "kernel._forking._fork:os.fork": "kernels without clone3: tests/kernel/test_launcher.py",
     "kernel._child.Child._set_limits:os.write": "a launcher with an oom_score_adj: tests/kernel/test_launcher.py",
     "kernel.files.EnvironmentFiles._punch:": "logs that grow: tests/system/test_logs.py",
+    "kernel.files._take_back:os.ftruncate": "a log that has a second name: tests/system/test_attacks_3.py",
     "kernel.inhabitants.kill:": "processes that left their cgroup: tests/system/test_processes.py",
     "kernel._hiding.Hiding._unmount:": "pins that were there before the launcher: tests/kernel/test_launcher.py",
     "kernel.namespace_thread.bind:os.unlink": "the undo of a mount that failed: the failures of that mount",
