@@ -101,6 +101,8 @@ class _Endpoint:
         if self._route.permission is Permission.ADMIN and not request.state.actor.is_admin:
             raise Forbidden("only an admin may do that", hint="Ask root, or a member of the admins' group.")
         raw = await _body(request)
+        if self._route.permission is Permission.ADMIN and not deed.actor.is_admin:
+            raise Forbidden("only an admin may do that", hint="Ask root, or a member of the admins' group.")
         body = await json_body.parse_in_turn(raw, self._route.body, self._large) if self._route.body else None
         query: dict[str, list[str]] = {}
         for name, value in request.query_params.multi_items():

@@ -142,6 +142,8 @@ table ip netnsd {
     type filter hook input priority 0;
     iifname != "%(bridge)s*" accept
     ct direction reply ct state established,related accept
+    # Each identifier of a ping is a flow of its own.
+    icmp type echo-request ct state new add @flows { ip saddr ct count over %(flows)d } drop
     icmp type echo-request accept
     meta l4proto tcp reject with tcp reset
     reject with icmp type admin-prohibited
