@@ -392,7 +392,26 @@ def test_bounds_of_requests_are_documented() -> None:
 def test_every_promise_names_a_test_that_is_there() -> None:
     promises = rows(section("## What dies, what is promised"))
     assert len(promises) > 20
-    for _what, _promise, shown_by in promises:
-        file, _, name = code(shown_by).partition("::")
-        tree = ast.parse((CHECKOUT / file).read_text(encoding="utf-8"))
-        assert name in {node.name for node in tree.body if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef)}
+    assert [shown_by for *_, shown_by in promises if not is_a_test(code(shown_by))] == []
+
+
+# Attacks whose defence is not there yet. What is shown is taken off.
+PENDING = {"guessing tokens", "a token for more than it was given, or after its end",
+           "the API over TCP from inside an environment", "any bytes, at every parser",
+           "more memory, processors, environments than one's share", "an address outside that a policy forbids"}
+
+
+def test_every_attack_names_a_test_that_is_there() -> None:
+    text = (CHECKOUT / "docs" / "security.md").read_text(encoding="utf-8")
+    attacks = [row for part in re.split(r"(?m)^## ", text)[2:] if "\n|" in part for row in rows(part)]
+    assert len(attacks) > 40
+    assert {attack for attack, *_, shown_by in attacks if shown_by == "pending"} == PENDING
+    shown = unique([code(shown_by) for *_, shown_by in attacks if shown_by != "pending"])
+    assert sorted(name for name in shown if not is_a_test(name)) == []
+
+
+def is_a_test(path: str) -> bool:
+    """Whether there is a test, given as file::name."""
+    file, _, name = path.partition("::")
+    tree = ast.parse((CHECKOUT / file).read_text(encoding="utf-8"))
+    return name in {node.name for node in tree.body if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef)}
