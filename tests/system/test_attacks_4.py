@@ -92,14 +92,14 @@ def test_who_changed_what_is_told_to_admins_and_in_the_log_and_to_nobody_else(da
 
 _FORGED = """
 import errno, os, socket, struct, sys
-for pid, uid, gid in ((os.getpid(), 0, 0), (int(sys.argv[2]), os.getuid(), os.getgid()), (0, 0, 0), None):
+own = os.getpid(), os.getuid(), os.getgid()
+for claimed in ((own[0], 0, 0), (int(sys.argv[2]), *own[1:]), (0, 0, 0), own):
     with socket.socket(socket.AF_UNIX) as client:
         client.settimeout(5)
         client.connect(sys.argv[1])
-        request = b"GET /v1/environments?all=1 HTTP/1.0\\r\\n\\r\\n"
+        credentials = [(socket.SOL_SOCKET, 2, struct.pack("iii", *claimed))]  # SCM_CREDENTIALS
         try:
-            if pid is not None:
-                client.sendmsg([request], [(socket.SOL_SOCKET, 2, struct.pack("iii", pid, uid, gid))])  # SCM_CREDENTIALS
+            client.sendmsg([b"GET /v1/environments?all=1 HTTP/1.0\\r\\n\\r\\n"], credentials)
             print(b"".join(iter(lambda: client.recv(65536), b"")).decode().rpartition("\\r\\n")[2])
         except OSError as error:
             print(errno.errorcode[error.errno])
@@ -109,8 +109,7 @@ for pid, uid, gid in ((os.getpid(), 0, 0), (int(sys.argv[2]), os.getuid(), os.ge
 def test_credentials_that_a_client_sends_are_refused_by_the_kernel_and_asked_by_nobody(daemon: Daemon) -> None:
     daemon.create_json("bobs", user=BOB)
     daemon.create_json("mine", user=ALICE)
-    program_text = _FORGED.replace(", None):", ", (os.getpid(), os.getuid(), os.getgid())):")
-    said = daemon.host.run([PYTHON, "-c", program_text, daemon.socket, str(daemon.pid)], user=ALICE, check=True
+    said = daemon.host.run([PYTHON, "-c", _FORGED, daemon.socket, str(daemon.pid)], user=ALICE, check=True
                            ).stdout.splitlines()
     assert said[:3] == ["EPERM"] * 3
     assert [e["name"] for e in json.loads(said[3])["environments"]] == ["mine"]
@@ -228,7 +227,8 @@ _CROWD = """
 import os, resource, select, socket, sys, time
 count = int(sys.argv[2])
 resource.setrlimit(resource.RLIMIT_NOFILE, (resource.getrlimit(resource.RLIMIT_NOFILE)[1],) * 2)
-parts = (b"", b"GET /v1/env", b"POST /v1/environments HTTP/1.1\\r\\nHost: localhost\\r\\nContent-Length: 1000\\r\\n\\r\\n{",
+parts = (b"", b"GET /v1/env",
+         b"POST /v1/environments HTTP/1.1\\r\\nHost: localhost\\r\\nContent-Length: 1000\\r\\n\\r\\n{",
          b"GET /openapi.json HTTP/1.1\\r\\nHost: localhost\\r\\n\\r\\n" * 40)
 kept, told = [], []
 for number in range(count):
@@ -280,8 +280,8 @@ def test_nine_thousand_connections_of_one_user_cost_others_nothing(daemon: Daemo
     wait_until(lambda: len(open_descriptors(daemon.pid)) <= before + 2, what="the end of all connections")
 
 
-# A TCP socket whose close waits, as nobody reads what was sent, passed to a socket of the daemon's with some bytes, again
-# and again; what became of them.
+# A TCP socket whose close waits, as nobody reads what was sent, passed to a socket of the daemon's with some bytes,
+# again and again; what became of them.
 _LINGER = """
 import array, collections, json, os, socket, struct, sys, time
 server = socket.create_server(("127.0.0.1", 0))
@@ -307,8 +307,9 @@ for name, data in frames.items():
             client.settimeout(5)
             client.connect(os.path.join(sys.argv[1], name))
             smuggled = lingering()
+            rights = array.array("i", [smuggled.fileno()] * 3)
             try:
-                client.sendmsg([part], [(socket.SOL_SOCKET, socket.SCM_RIGHTS, array.array("i", [smuggled.fileno()] * 3))])
+                client.sendmsg([part], [(socket.SOL_SOCKET, socket.SCM_RIGHTS, rights)])
                 outcomes["sent"] += 1
                 smuggled.close()  # the last is the daemon's, if anybody's
             except PermissionError:

@@ -14,12 +14,13 @@ import trio
 from netnsd import wire
 from netnsd.api import foreign
 from netnsd.api.routes import ROUTES, Permission, Route
-from netnsd.errors import ForeignRequest, KernelError
+from netnsd.core.actor import Actor
+from netnsd.errors import ForeignRequest, KernelError, NotFound
 from netnsd.observability import events
 from netnsd.observability.events import EventLog
 from tests.fakes.faults import raising
 from tests.fakes.serving import Answer, Served, error_of, serving
-from tests.fakes.world import ALICE, BOB, CAROL, ROOT, request
+from tests.fakes.world import ALICE, BOB, CAROL, ROOT, World, request
 
 OF_ONE = [route for route in ROUTES if "{ref}" in route.path]
 CHANGES = [route for route in ROUTES if route.method != "GET"]
@@ -325,3 +326,27 @@ def test_nobody_crowds_out_of_memory_what_others_did(monkeypatch: pytest.MonkeyP
         log.emit("b", 2, "", str(number))
     assert [[event.name for event in log._past[uid]] for uid in (1, 2)] == [
         ["0", "1", "2"], [str(number) for number in range(93, 100)]]
+
+
+async def test_looking_for_anothers_by_name_takes_as_many_steps_as_for_nobodys(
+        tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """No time is asserted: what is done is the same, whether there is one of that name or not."""
+    world = World(tmp_path)
+    async with world.running() as environments:
+        for name in ("first", "web", "last"):
+            await environments.create(request(name), BOB)
+        steps: list[int] = []
+        may_see = Actor.may_see
+
+        def counted(actor: Actor, uid: int) -> bool:
+            steps.append(uid)
+            return may_see(actor, uid)
+
+        monkeypatch.setattr(Actor, "may_see", counted)
+        counts = []
+        for ref in ("first.bob", "last.bob", "none.bob", "none.nobody"):
+            steps.clear()
+            with pytest.raises(NotFound):
+                environments.registry.find(ref, ALICE)
+            counts.append(len(steps))
+        assert set(counts) == {3}
