@@ -101,9 +101,12 @@ class EnvironmentFiles:
 
     def remove(self, environment_id: str) -> None:
         """See ``core.interfaces.Files``."""
-        for name in _entries(self._logs / environment_id):
-            with contextlib.suppress(OSError):  # the directory's end says what is wrong
-                _take_back(f"{self._logs}/{environment_id}/{name}")
+        try:
+            for name in _entries(self._logs / environment_id):
+                with contextlib.suppress(OSError):  # what is no log of ours, such as a program that runs
+                    _take_back(f"{self._logs}/{environment_id}/{name}")
+        except OSError as error:
+            raise KernelError.at("files", error) from error
         for directory in (self._names / environment_id, self._logs / environment_id):
             try:
                 shutil.rmtree(directory)

@@ -96,7 +96,7 @@ def test_journal_has_the_daemons_lines_as_objects(daemon: Container) -> None:
     daemon.ctl("rm", "noted", user=BOB)
     kinds = [(line["event"], line["level"], line["uid"]) for line in messages(daemon, DAEMON)
              if line.get("name") == "noted"]
-    assert kinds == [("created", "info", BOB.uid), ("removed", "info", BOB.uid)]
+    assert kinds == [(event, "info", BOB.uid) for event in ("created", "audit", "removed", "audit")]
     assert all("timestamp" in line for line in messages(daemon, DAEMON))
 
 
