@@ -45,7 +45,7 @@ def application(context: Context) -> Starlette:
 
     async def openapi_json(request: Request) -> Response:
         try:
-            foreign.require_own(request.scope["headers"], context.names)
+            foreign.require_own(request.scope["headers"], is_certified=request.state.is_certified)
         except NetnsdError as error:
             return _problem(error)
         return Response(document, media_type="application/json", headers=_HEADERS)
@@ -76,7 +76,8 @@ class _Endpoint:
 
     async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
         request = Request(scope, receive)
-        deed = Deed(request.state.actor, request.method, self._route.path, next(iter(request.path_params.values()), ""))
+        deed = Deed(request.state.actor, request.method, self._route.path, next(iter(request.path_params.values()), ""),
+                    token=request.state.grant.token)
         try:
             response = await self._respond(request, deed)
             deed.code = DONE
@@ -94,7 +95,7 @@ class _Endpoint:
         await response(scope, receive, send)
 
     async def _respond(self, request: Request, deed: Deed) -> Response:
-        foreign.require_own(request.scope["headers"], self._context.names)
+        foreign.require_own(request.scope["headers"], is_certified=request.state.is_certified)
         if request.state.stopping():
             raise ShuttingDown("the daemon is stopping", hint="Environments stay; try again when it is back.")
         request.state.grant.require(self._route.scope)

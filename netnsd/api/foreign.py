@@ -8,29 +8,28 @@ from __future__ import annotations
 
 import ipaddress
 import re
-from collections.abc import Collection, Iterable
+from collections.abc import Iterable
 
 from netnsd.errors import ForeignRequest
 
 _HOST = re.compile(r"(?:\[([0-9a-f:.]{2,45})\]|([a-z0-9._-]{1,253}))(?::[0-9]{1,5})?\Z")
 _TOLD = frozenset({b"host", b"origin", b"referer", b"sec-fetch-site"})
-_WILDCARDS = frozenset({"0.0.0.0", "::"})
 _HINT = "Call the API from a program, at http://localhost/."
 
 
-def require_own(headers: Iterable[tuple[bytes, bytes]], names: Collection[str]) -> None:
+def require_own(headers: Iterable[tuple[bytes, bytes]], *, is_certified: bool) -> None:
     """Raise ForeignRequest where a request names another host, or comes from a page of another origin.
 
     Args:
         headers: of the request, names in lower case.
-        names: beside ``localhost`` and addresses of the loopback, what the daemon is called: names and addresses in
-            lower case. 0.0.0.0 or :: is any address: a page's name can be made to lead here, but an address cannot.
+        is_certified: it came by TLS, where a browser compares the name with our certificate. Without that the daemon is
+            ``localhost``, or an address of the loopback: it listens nowhere else then.
 
     See https://fetch.spec.whatwg.org/#origin-header and https://www.w3.org/TR/fetch-metadata/.
     """
     told = [(name, value.decode("latin-1").lower()) for name, value in headers if name in _TOLD]
     host = next((value for name, value in told if name == b"host"), "")
-    if host and not _is_ours(host, names):
+    if host and not is_certified and not _is_ours(host):
         raise ForeignRequest(f"{host[:80]!r} is not this daemon", hint=_HINT)
     for name, value in told:
         if name == b"sec-fetch-site" and value not in ("same-origin", "none"):
@@ -40,20 +39,17 @@ def require_own(headers: Iterable[tuple[bytes, bytes]], names: Collection[str]) 
             raise ForeignRequest(f"the request comes from {value[:80]!r}", hint=_HINT)
 
 
-def _is_ours(host: str, names: Collection[str]) -> bool:
+def _is_ours(host: str) -> bool:
     if host == "localhost":
         return True
     match = _HOST.match(host)
     if match is None:
         return False
     name = match[1] or match[2]
-    if name == "localhost" or name in names:
-        return True
     try:
-        address = ipaddress.ip_address(name)
+        return name == "localhost" or ipaddress.ip_address(name).is_loopback
     except ValueError:
         return False
-    return address.is_loopback or not _WILDCARDS.isdisjoint(names)
 
 
 def _is_of(url: str, host: str) -> bool:

@@ -441,6 +441,7 @@ async def _tokens(call: Call) -> wire.TokenList:
 
 
 async def _issue_token(call: Call) -> wire.IssuedToken:
+    call.deed.name = call.body.name
     return await call.context.tokens.issue(call.body, call.actor, call.grant)
 
 
@@ -450,11 +451,13 @@ async def _revoke_token(call: Call) -> Nothing:
 
 
 async def _start_project(call: Call) -> wire.Environment:
-    return views.environment(await call.context.projects.start(call.body, call.actor))
+    call.deed.ref = f"{call.body.dev_id}/{call.body.project}"
+    return views.environment(call.deed.about(await call.context.projects.start(call.body, call.actor)))
 
 
 async def _end_project(call: Call) -> Nothing:
-    await call.context.projects.terminate(call.body, call.actor)
+    call.deed.ref = call.body.id or "/".join(filter(None, (call.body.dev_id, call.body.project)))
+    call.deed.about(await call.context.projects.terminate(call.body, call.actor))
     return Nothing()
 
 

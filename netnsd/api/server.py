@@ -27,7 +27,7 @@ from netnsd.api.accepting import accept_all
 from netnsd.api.closing import Closer
 from netnsd.api.stream import HEAD_BYTES, REFUSED_METHOD, GuardedStream
 from netnsd.api.tcp import Visitor
-from netnsd.api.transport import SocketTransport, Transport
+from netnsd.api.transport import SocketTransport, TlsTransport, Transport
 from netnsd.core.actor import Actor
 from netnsd.core.tokens import VOUCHED_FOR
 from netnsd.errors import TooManyConnections
@@ -106,11 +106,12 @@ class HttpServer:
 
     async def handle(self, connection: trio.socket.SocketType, actor: Actor) -> None:
         """Serve one connection to its end, whose peer the kernel vouches for."""
-        await self._serve(SocketTransport(connection, self._closer), actor=actor, grant=VOUCHED_FOR)
+        await self._serve(SocketTransport(connection, self._closer), actor=actor, grant=VOUCHED_FOR,
+                          is_certified=False)
 
     async def handle_visitor(self, transport: Transport, visitor: Visitor) -> None:
         """Serve one connection to its end, each of whose requests has to say by what right it asks."""
-        await self._serve(transport, visitor=visitor)
+        await self._serve(transport, visitor=visitor, is_certified=isinstance(transport, TlsTransport))
 
     async def _serve(self, transport: Transport, **known: Any) -> None:
         stream = GuardedStream(transport)

@@ -37,7 +37,7 @@ class Deed:
     """One request, filled in while it is done.
 
     ``route`` is the path with its {ref}; ``ref`` what the caller put there. ``name``: what a creation asks for.
-    ``code``: of the error that was answered, or ``DONE``.
+    ``code``: of the error that was answered, or ``DONE``. ``token``: the id of the bearer token, where there was one.
     """
 
     actor: Actor
@@ -46,6 +46,7 @@ class Deed:
     ref: str = ""
     name: str = ""
     code: str = "cancelled"
+    token: str | None = None
     subjects: list[Subject] = field(default_factory=list)
 
     def about(self, environment: Environment, code: str = "") -> Environment:
@@ -76,8 +77,8 @@ class Trail:
         actor = deed.actor
         for subject in deed.subjects or [Subject("", deed.name)]:
             details: dict[str, Any] = {
-                "uid": actor.uid, "user": actor.user, "how": actor.how, "method": deed.method, "route": deed.route,
-                "ref": _shown(deed.ref), "owner": subject.owner, "code": subject.code or deed.code}
+                "uid": actor.uid, "user": actor.user, "how": actor.how, "token": deed.token, "method": deed.method,
+                "route": deed.route, "ref": _shown(deed.ref), "owner": subject.owner, "code": subject.code or deed.code}
             _log.info("audit", environment=subject.environment, name=_shown(subject.name), **details)
             self._emit("audit", actor.uid, subject.environment, _shown(subject.name), **details)
 

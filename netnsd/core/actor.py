@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Awaitable, Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal
 
 
@@ -21,7 +21,7 @@ class Actor:
     home: str
     shell: str
     is_admin: bool
-    how: Literal["unix", "token"] = "unix"
+    how: Literal["unix", "token"] = field(default="unix", compare=False)
 
     def may_see(self, uid: int) -> bool:
         """Whether environments of ``uid`` exist for this caller at all."""

@@ -70,9 +70,11 @@ class Projects:
                 wire.CreateRequest(name=name, labels=labels, template=None if template is None else template.name),
                 owner)
 
-    async def terminate(self, request: wire.ProjectReference, actor: Actor) -> None:
-        """Remove one; it is gone when this returns. Raises InvalidRequest, NotFound."""
-        await self._environments.remove(await self.find(request, actor))
+    async def terminate(self, request: wire.ProjectReference, actor: Actor) -> Environment:
+        """Remove one, and return what is gone then. Raises InvalidRequest, NotFound."""
+        environment = await self.find(request, actor)
+        await self._environments.remove(environment)
+        return environment
 
     async def find(self, request: wire.ProjectReference, actor: Actor) -> Environment:
         """The one of a pair, or of an id. Raises InvalidRequest, NotFound."""

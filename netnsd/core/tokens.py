@@ -78,7 +78,7 @@ class Tokens:
         if token is None or owner is None or owner.user != token.user or token.id not in self._by_id:
             raise unauthorized()
         scope = "write" if token.scope == "admin" and not owner.is_admin else token.scope
-        return replace(owner, is_admin=owner.is_admin and scope == "admin"), Grant(scope, token.id)
+        return replace(owner, is_admin=owner.is_admin and scope == "admin", how="token"), Grant(scope, token.id)
 
     def verify(self, text: str) -> Token | None:
         """The token that ``text`` is, where it is good. Takes as long for any that is not."""

@@ -220,7 +220,8 @@ class FakeDriver:
         plain, _, query = path.partition("?")
         scope = {"type": "http", "http_version": "1.1", "method": method, "scheme": "http", "path": unquote(plain),
                  "raw_path": plain.encode(), "query_string": query.encode(), "root_path": "",
-                 "server": ("netnsd", None), "state": {"actor": actor, "grant": VOUCHED_FOR, "stopping": lambda: False},
+                 "server": ("netnsd", None),
+                 "state": {"actor": actor, "grant": VOUCHED_FOR, "is_certified": False, "stopping": lambda: False},
                  "headers": [(b"host", b"localhost"), (b"content-length", str(len(data)).encode())]}
         received, sent = [{"type": "http.request", "body": data, "more_body": False}], []
 

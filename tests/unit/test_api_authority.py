@@ -171,26 +171,19 @@ async def test_programs_and_our_own_pages_are_answered(served: Served, host: str
         assert (await ask(served, "GET", "/v1/health", {"Host": host, **headers})).status == 200
 
 
-async def test_what_the_daemon_is_called_beside_localhost_is_its_own(served: Served) -> None:
-    def is_own(host: str, *names: str) -> bool:
-        try:
-            foreign.require_own([(b"host", host.encode())], frozenset(names))
-        except ForeignRequest:
-            return False
-        return True
-
-    assert is_own("build.example:8443", "build.example")
-    assert is_own("Build.Example", "build.example")
-    assert not is_own("other.example", "build.example")
-    assert is_own("192.0.2.7:80", "192.0.2.7")
-    assert not is_own("192.0.2.8:80", "192.0.2.7")
-    for wildcard in ("0.0.0.0", "::"):
-        assert is_own("192.0.2.8:80", wildcard)
-        assert is_own("[2001:db8::1]:80", wildcard)
-        assert not is_own("other.example", wildcard)
+def test_by_tls_the_certificate_says_whose_name_it_is_and_pages_are_foreign_all_the_same() -> None:
+    own = [(b"host", b"build.example:8443")]
+    foreign.require_own(own, is_certified=True)
+    foreign.require_own([*own, (b"origin", b"https://build.example:8443")], is_certified=True)
+    for header in ((b"origin", b"https://evil.example"), (b"origin", b"https://build.example"),
+                   (b"sec-fetch-site", b"cross-site")):
+        with pytest.raises(ForeignRequest):
+            foreign.require_own([*own, header], is_certified=True)
+    with pytest.raises(ForeignRequest):
+        foreign.require_own(own, is_certified=False)
     with pytest.raises(ForeignRequest):  # HTTP/1.0 has no host, and no browser speaks it
-        foreign.require_own([(b"origin", b"http://localhost")], frozenset())
-    foreign.require_own([], frozenset())
+        foreign.require_own([(b"origin", b"http://localhost")], is_certified=False)
+    foreign.require_own([], is_certified=False)
 
 
 # -- the audit trail -----------------------------------------------------------------------------------------------
@@ -350,3 +343,26 @@ async def test_looking_for_anothers_by_name_takes_as_many_steps_as_for_nobodys(
                 environments.registry.find(ref, ALICE)
             counts.append(len(steps))
         assert set(counts) == {3}
+
+
+async def test_a_change_by_a_token_names_the_token_and_not_its_text(served: Served) -> None:
+    issued = (await served.ask("POST", "/v1/tokens", {"name": "ci", "scope": "write"})).json
+    async with served.visit() as client:
+        answer = await client.ask("POST", "/v1/environments", {"name": "web"}, Authorization=f"Bearer {issued['token']}")
+        assert answer.status == 201
+    made, used = told(served)
+    assert (made.name, made.details["how"], made.details["token"]) == ("ci", "unix", None)
+    assert (used.name, used.details["how"], used.details["token"]) == ("web", "token", issued["id"])
+    assert issued["token"] not in str(told(served))
+    async with served.visit() as client:  # a page that has a token is foreign all the same
+        answer = await client.ask("GET", "/v1/environments", Authorization=f"Bearer {issued['token']}",
+                                  Origin="http://evil.example")
+        assert answer.code == "foreign_request"
+
+
+async def test_a_developers_project_is_told_with_its_environment(served: Served) -> None:
+    pair = {"dev_id": "user1", "project": "shop"}
+    made = (await served.ask("POST", "/api/environments/start", pair)).json
+    await served.ask("POST", "/api/environments/terminate", pair)
+    assert [(e.environment, e.details["ref"], e.details["code"]) for e in told(served)] == [
+        (made["id"], "user1/shop", "ok")] * 2
