@@ -348,7 +348,8 @@ async def test_looking_for_anothers_by_name_takes_as_many_steps_as_for_nobodys(
 async def test_a_change_by_a_token_names_the_token_and_not_its_text(served: Served) -> None:
     issued = (await served.ask("POST", "/v1/tokens", {"name": "ci", "scope": "write"})).json
     async with served.visit() as client:
-        answer = await client.ask("POST", "/v1/environments", {"name": "web"}, Authorization=f"Bearer {issued['token']}")
+        answer = await client.ask("POST", "/v1/environments", {"name": "web"},
+                                  Authorization=f"Bearer {issued['token']}")
         assert answer.status == 201
     made, used = told(served)
     assert (made.name, made.details["how"], made.details["token"]) == ("ci", "unix", None)
