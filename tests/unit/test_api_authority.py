@@ -15,6 +15,7 @@ from netnsd import wire
 from netnsd.api import foreign
 from netnsd.api.routes import ROUTES, Permission, Route
 from netnsd.core.actor import Actor
+from netnsd.core.tokens import VOUCHED_FOR
 from netnsd.errors import ForeignRequest, KernelError, NotFound
 from netnsd.observability import events
 from netnsd.observability.events import EventLog
@@ -25,6 +26,8 @@ from tests.fakes.world import ALICE, BOB, CAROL, ROOT, World, request
 OF_ONE = [route for route in ROUTES if "{ref}" in route.path]
 CHANGES = [route for route in ROUTES if route.method != "GET"]
 SECRET = "hush-hush"
+POLICY = {"apiVersion": "networking.k8s.io/v1", "kind": "NetworkPolicy", "metadata": {"name": "web"},
+          "spec": {"podSelector": {}}}
 
 
 def named(route: Route) -> str:
@@ -63,6 +66,12 @@ async def theirs(served: Served, route: str) -> tuple[str, ...]:
         made = await served.world.templates.add(wire.TemplateRequest(name="web", specification=wire.Specification(
             command=["server"])), BOB)
         return made.id, "web", "web.bob"
+    if route.startswith("/v1/policies"):
+        await served.world.policies.apply([POLICY], BOB)
+        return "web", "web.bob"
+    if route.startswith("/v1/tokens"):
+        issued = await served.world.tokens.issue(wire.TokenRequest(name="web", scope="read"), BOB, VOUCHED_FOR)
+        return issued.id, "web", "web.bob"
     environment = await served.world.environments.create(request("web", "server", ports=1), BOB)
     return environment.id, "web", "web.bob"
 
