@@ -72,8 +72,8 @@ async def test_a_command_that_is_ended_for_lack_of_memory_is_told_of_and_counted
     async with world.running() as environments:
         lab = await environments.create(wire.CreateRequest(name="lab", resources=LIMITED), ALICE)
         bare = await environments.create(wire.CreateRequest(name="bare"), ALICE)
-        await environments.attach(wire.ExecRequest(ref="lab", command=["sh"]), ALICE, 0)
-        await environments.attach(wire.ExecRequest(ref="bare", command=["sh"]), ALICE, 0)
+        await environments.attach(lab, wire.ExecRequest(ref="lab", command=["sh"]), ALICE, 0)
+        await environments.attach(bare, wire.ExecRequest(ref="bare", command=["sh"]), ALICE, 0)
         assert set(environments._supervisor._shortage._scopes) == {lab.id}, "who has no limit is not watched"
         world.cgroups.oom_kill(lab.slot.cgroup)
         world.cgroups.oom_kill(bare.slot.cgroup)
@@ -97,7 +97,7 @@ async def test_what_cannot_be_watched_now_is_watched_from_the_next_command_on(
         web = await environments.create(wire.CreateRequest(name="web", command=["server"], resources=LIMITED), ALICE)
         await trio.sleep(5)
         world.faults.broken = set()
-        await environments.attach(wire.ExecRequest(ref="web", command=["sh"]), ALICE, 0)
+        await environments.attach(web, wire.ExecRequest(ref="web", command=["sh"]), ALICE, 0)
         world.cgroups.oom_kill(web.slot.cgroup)
         await trio.sleep(5)
         assert shortages(world) == [("", 1)]
