@@ -31,9 +31,10 @@ OUTWARD = frozenset({
 INWARD = frozenset({
     "__future__", "_blake2", "_collections", "_functools", "_json", "_struct", "_thread", "builtins", "click",
     "collections", "contextlib", "dataclasses", "datetime", "email", "enum", "errno", "functools", "gc", "grp", "h11",
-    "hashlib", "heapq", "hypercorn", "importlib", "inspect", "ipaddress", "itertools", "json", "math", "msgspec",
+    "hashlib", "heapq", "hmac", "hypercorn", "importlib", "inspect", "ipaddress", "itertools", "json", "math", "msgspec",
     "netnsd", "operator", "platform", "prometheus_client", "pwd", "queue", "re", "select", "stat", "starlette",
-    "string", "struct", "structlog", "sys", "time", "tomllib", "trio", "types", "typing", "urllib", "uuid", "outcome",
+    "string", "struct", "structlog", "sys", "time", "tomllib", "trio", "types", "typing", "urllib", "uuid", "weakref",
+    "outcome",
 })
 # The C modules behind some of those.
 _BEHIND = {"posix": "os", "_socket": "socket", "_io": "io", "_signal": "signal", "_ctypes": "ctypes",

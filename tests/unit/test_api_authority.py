@@ -225,7 +225,8 @@ async def test_a_look_is_not_told_unless_it_is_refused(served: Served) -> None:
     await served.world.environments.create(request("web"), ALICE)
     for route in ROUTES:
         if route.method == "GET" and route.answer is not None:
-            await served.ask("GET", at(route, "alice" if "{user}" in route.path else "web") + ("?for=ready" if route.waits else ""))
+            name = "alice" if "{user}" in route.path else "web"
+            await served.ask("GET", at(route, name) + ("?for=ready" if route.waits else ""))
     assert told(served) == []
     await served.ask("GET", "/v1/audit")
     [event] = told(served)
