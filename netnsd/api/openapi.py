@@ -124,7 +124,7 @@ def _operation(route: Route, by_type: dict[Any, Any]) -> dict[str, Any]:
             *({"name": name, "in": "query", "required": False, "description": meaning,
                "schema": constraints.QUERY.get(name, {"type": "string"})} for name, meaning in route.query.items()),
             *({"name": "Idempotency-Key", "in": "header", "required": False,
-               "schema": {"type": "string", "minLength": 1, "maxLength": MOST_CHARACTERS, "pattern": "^[!-~]([ -~]*[!-~])?$"},
+               "schema": {"type": "string", "maxLength": MOST_CHARACTERS, "pattern": "^[!-~]([ -~]*[!-~])?$"},
                "description": "the same key and body again: what the first made"} for _ in range(route.is_keyed)),
         ],
         "responses": {**{status: {"description": meaning, "headers": _VERSION, "content": content, **_links(route)}

@@ -30,11 +30,11 @@ OUTWARD = frozenset({
 # Modules by which it does not, or that call back into netnsd's own functions.
 INWARD = frozenset({
     "__future__", "_blake2", "_collections", "_functools", "_json", "_struct", "_thread", "builtins", "click",
-    "collections", "contextlib", "dataclasses", "datetime", "email", "enum", "errno", "functools", "gc", "grp", "h11",
-    "hashlib", "heapq", "hmac", "hypercorn", "importlib", "inspect", "ipaddress", "itertools", "json", "math", "msgspec",
-    "netnsd", "operator", "platform", "prometheus_client", "pwd", "queue", "re", "select", "stat", "starlette",
-    "string", "struct", "structlog", "sys", "time", "tomllib", "trio", "types", "typing", "urllib", "uuid", "weakref",
-    "outcome",
+    "collections", "contextlib", "dataclasses", "datetime", "email", "enum", "errno", "functools", "gc", "grp",
+    "h11", "hashlib", "heapq", "hmac", "hypercorn", "importlib", "inspect", "ipaddress", "itertools", "json",
+    "math", "msgspec", "netnsd", "operator", "outcome", "platform", "prometheus_client", "pwd", "queue", "re",
+    "secrets", "select", "starlette", "stat", "string", "struct", "structlog", "sys", "time", "tomllib", "trio",
+    "types", "typing", "urllib", "uuid", "weakref",
 })
 # The C modules behind some of those.
 _BEHIND = {"posix": "os", "_socket": "socket", "_io": "io", "_signal": "signal", "_ctypes": "ctypes",
