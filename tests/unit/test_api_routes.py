@@ -206,8 +206,6 @@ async def test_unknown_paths_have_the_one_shape(served: Served, method: str, pat
     for path in ("/v1/health", "/v1/environments", "/v1/environments/web", "/openapi.json", "/v1/events")
     if (method, path) not in {(route.method, route.path.replace("{ref}", "web")) for route in ROUTES}])
 async def test_other_methods_have_the_one_shape(served: Served, method: str, path: str) -> None:
-    if (method, path) in {(route.method, route.path.format(ref="web")) for route in ROUTES}:
-        return
     answer = await served.ask(method, path)
     assert (answer.status, answer.code) == (405, "method_not_allowed")
     taken = {route.method for route in ROUTES if route.path.replace("{ref}", "web") == path} or {"GET"}
