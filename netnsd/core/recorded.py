@@ -90,7 +90,8 @@ def quotas(found: list[Quota]) -> list[Quota]:
             _text("user", quota.user)
             _require(isinstance(quota.said, dict), "limits")
             for name, limit in quota.said.items():
-                _require(name in LIMITS and (limit is None or (type(limit) in (int, float) and 0 <= limit <= MOST)), name)
+                is_one = limit is None or (type(limit) in (int, float) and 0 <= limit <= MOST)
+                _require(name in LIMITS and is_one, name)
         except NetnsdError as error:
             raise refuse(f"quota of {quota.user!r}", error.message) from error
     return found
