@@ -50,7 +50,6 @@ from netnsd.kernel.namespace_thread import NamespaceThread, Priority
 from netnsd.kernel.network import NETNS_DIRECTORY, KernelNetwork
 from netnsd.kernel.probes import HostProbes
 from netnsd.kernel.processes import LauncherProcesses
-from netnsd.kernel.ruleset import TABLE
 from netnsd.kernel.ruleset_watch import RulesetWatch
 from netnsd.kernel.seats import Seats
 from netnsd.observability.events import EventLog
@@ -125,12 +124,13 @@ class Node:
             seats = Seats(plan)
             network = KernelNetwork(thread, self._runtime, self._config.network.mtu, seats)
             forwarding = bridges.Forwarding(self._runtime / "forwarding")
-            firewall = NftFirewall(thread, supernet, self._config.network.flows, forwarding, seats)
+            firewall = NftFirewall(thread, supernet, self._config.network.flows, forwarding, seats,
+                                   self._runtime / "ruleset")
             cgroups = self._cgroups = CgroupTree(self._config.daemon.cgroup)
             files = EnvironmentFiles(self._runtime, self._state, self._config.services.log_bytes)
             await network.open()
             await firewall.start()
-            watch = RulesetWatch(TABLE, firewall.senders)
+            watch = RulesetWatch(firewall.senders)
             processes = LauncherProcesses(str(self._runtime / LAUNCHER_SOCKET), cgroups.root,
                                           hide=[str(NETNS_DIRECTORY), str(network.pins)],
                                           starts=self._starts_launcher)

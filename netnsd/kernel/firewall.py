@@ -8,11 +8,13 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import hashlib
 import json
 import os
 import threading
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
 from typing import TypeVar
 
 import trio
@@ -47,10 +49,11 @@ class NftFirewall:
         flows_per_address: connections of one environment that the host tracks at once.
         forwarding: is switched on for the uplinks once the rules are there.
         seats: who may come from which port; shared with the network.
+        record: a file that remembers, over restarts, what is loaded.
     """
 
     def __init__(self, thread: NamespaceThread, supernet: str, flows_per_address: int,
-                 forwarding: bridges.Forwarding, seats: Seats) -> None:
+                 forwarding: bridges.Forwarding, seats: Seats, record: Path) -> None:
         self._thread = thread
         self._supernet = supernet
         self._flows = flows_per_address
@@ -64,6 +67,7 @@ class NftFirewall:
         self._desired: dict[str, Opening] = {}
         self._forwarding = forwarding
         self._seats = seats
+        self._record = record
         self._seats_port = 0
         self._judgement = Judgement()
 
@@ -156,7 +160,7 @@ class NftFirewall:
         assert self._elements is not None
         deleted, added = _without(before, after), _without(after, before)
         if len(deleted.get("allowed", ())) > _MOST_DELETED:
-            self._load(self._elements_of(self._desired.values()))
+            self._run(self._reach(self._elements_of(self._desired.values())))
             return
         try:
             self._elements.change(ruleset.packed(deleted), ruleset.packed(added))
@@ -182,7 +186,8 @@ class NftFirewall:
         try:
             if remove:
                 self._forwarding.switch_back()
-                self._run(ruleset.REPLACE)
+                self._record.unlink(missing_ok=True)
+                self._run(ruleset.removal())
         finally:
             if self._nft is not None:
                 self._nft.close()
@@ -283,23 +288,25 @@ class NftFirewall:
         interfaces, gateways = bridges.uplinks()
         # A host that forwards anyway is let; where only netnsd needs it, it must not become a router between uplinks.
         uplinks = [] if bridges.host_forwards() else interfaces
+        self._uplinks, self._gateways = uplinks, gateways
+        self._loaded = self._loaded or self._recalled()
         if self._loaded:
             self._forwarding.switch_on(uplinks)
-        is_right = self._loaded and self._listing() == self._loaded and (
-            (uplinks, gateways) == (self._uplinks, self._gateways))
+        is_right = self._loaded and self._listing() == self._loaded
         if is_right and self._present() == self._wanted(self._desired.values()):
             return False
-        self._uplinks, self._gateways = uplinks, gateways
         self._load(self._elements_of(self._desired.values()))
         # Once and for all: later, somebody else may have put something in before it is listed.
-        self._loaded = self._loaded or self._listing()
+        if not self._loaded:
+            self._loaded = self._listing()
+            self._record_loaded()
         self._forwarding.switch_on(uplinks)
         return True
 
     def _differences(self, openings: Sequence[Opening], moving: Sequence[Opening]) -> tuple[list[str], list[str]]:
         present, wanted = self._present(), self._wanted(openings)
         if present is None or self._listing() != self._loaded:
-            return ["tables ip and bridge netnsd, or rules of them"], []
+            return ["tables netnsd of ip and bridge and ip netnsd_bounds, or rules of them"], []
         missing, surplus = wanted - present, present - wanted - _compared(ruleset.of_openings(moving))
         return ([f"{name} {{ {element} }}" for name, element in sorted(missing)],
                 [f"{name} {{ {element} }}" for name, element in sorted(surplus)])
@@ -312,13 +319,38 @@ class NftFirewall:
                 | {("gateways", address) for address in self._gateways})
 
     def _load(self, elements: Elements) -> None:
-        self._run(ruleset.REPLACE + ruleset.text(supernet=self._supernet, flows=self._flows, elements=elements,
-                                                 uplinks=self._uplinks, gateways=self._gateways))
+        self._run(self._reach(elements) + ruleset.bounds(flows=self._flows, gateways=self._gateways))
+
+    def _reach(self, elements: Elements) -> str:
+        return ruleset.reach(supernet=self._supernet, elements=elements, uplinks=self._uplinks)
+
+    def _recalled(self) -> str:
+        """The listing of these very rules, as they were when an earlier run of the daemon had loaded them; or empty.
+
+        What is right is not loaded again: connections that policies let would be refused for an instant, as the kernel
+        puts intervals into a set a moment after the rules that ask for them.
+        """
+        try:
+            rules, _, listing = self._record.read_text().partition("\n")
+        except OSError:
+            return ""
+        return listing if rules == self._rules() else ""
+
+    def _record_loaded(self) -> None:
+        fresh = self._record.with_name(f"{self._record.name}.new")
+        with contextlib.suppress(OSError):  # the next run loads them again
+            fresh.write_text(f"{self._rules()}\n{self._loaded}")
+            fresh.replace(self._record)
+
+    def _rules(self) -> str:
+        """Names the rules, without their elements."""
+        text = ruleset.reach(supernet=self._supernet) + ruleset.bounds(flows=self._flows)
+        return hashlib.sha256(text.encode()).hexdigest()
 
     def _listing(self) -> str:
         try:
-            return "".join(self._run(f"list table {family} {TABLE}", output_flags=Nft.TERSE)
-                           for family in ("ip", "bridge"))
+            return "".join(self._run(f"list table {family} {name}", output_flags=Nft.TERSE)
+                           for family, name in ruleset.TABLES)
         except NftError as error:
             if error.is_missing:
                 return ""
@@ -330,7 +362,7 @@ class NftFirewall:
         for name in _SETS:
             kind = "map" if name in _MAPS else "set"
             try:
-                text = self._run(f"list {kind} {ruleset.family_of(name)} {TABLE} {name}",
+                text = self._run(f"list {kind} {ruleset.table_of(name)} {name}",
                                  output_flags=Nft.JSON | Nft.NUMERIC_PROTO)
             except NftError as error:
                 if error.is_missing:

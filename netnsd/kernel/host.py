@@ -98,7 +98,7 @@ def _try_links() -> None:
 
 def _try_rules(supernet: str) -> None:
     with Nft() as nft:
-        nft.run(ruleset.text(supernet=supernet, flows=16))
+        nft.run(ruleset.reach(supernet=supernet) + ruleset.bounds(flows=16))
 
 
 def _try_inner() -> None:

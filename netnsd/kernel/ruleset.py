@@ -1,7 +1,8 @@
 """The host's rules as text, and what their sets and maps hold, as nft writes it and as the kernel has it. Pure.
 
-Two tables, whose rules never change with the number of environments; elements of their sets do. ``ip netnsd`` says who
-reaches whom, ``bridge netnsd`` that nobody takes another's address.
+Three tables, whose rules never change with the number of environments; elements of their sets do. ``ip netnsd`` says who
+reaches whom, ``bridge netnsd`` that nobody takes another's address, and ``ip netnsd_bounds`` how much of the host's own
+tables an environment fills. What the last has counted outlives a reload of the others.
 """
 
 from __future__ import annotations
@@ -17,9 +18,10 @@ from netnsd.core.interfaces import Opening
 from netnsd.core.judgement import Judgement, Span
 from netnsd.kernel import nfnetlink
 
-TABLE = "netnsd"
-REPLACE = "".join(f"add table {family} {TABLE}\ndelete table {family} {TABLE}\n" for family in ("ip", "bridge"))
-_RULES = """
+TABLE, BOUNDS = "netnsd", "netnsd_bounds"
+_REACH_TABLES, _BOUNDS_TABLES = (("ip", TABLE), ("bridge", TABLE)), (("ip", BOUNDS),)
+TABLES = (*_REACH_TABLES, *_BOUNDS_TABLES)
+_REACH = """
 table ip netnsd {
   map published { type inet_proto . inet_service : ipv4_addr . inet_service; %(published)s }
   map offered { type inet_proto . inet_service : ipv4_addr . inet_service; %(offered)s }
@@ -32,10 +34,6 @@ table ip netnsd {
   set confined { type ipv4_addr; %(confined)s }
   set shielded { type ipv4_addr; %(shielded)s }
   set uplinks { type ifname; %(uplinks)s }
-  set gateways { type ipv4_addr; %(gateways)s }
-  set flows { type ipv4_addr; size 65536; flags dynamic; }
-  set seekers { type ipv4_addr; size 65536; flags dynamic, timeout; timeout 60s; }
-  set neighbours { type ipv4_addr; size 4096; flags dynamic, timeout; timeout 10s; }
 
   # route_localnet on the bridges lets the host's 127.0.0.1:PORT reach environments; nothing may use it the other way.
   chain guard {
@@ -100,7 +98,6 @@ table ip netnsd {
     ct direction reply ct state established,related accept
     oifname != "%(bridge)s*" goto to_outside
     ct state invalid drop
-    ct state new add @flows { ip saddr ct count over %(flows)d } reject
     ip saddr . ip daddr . meta l4proto . th dport @allowed accept
     goto refused
   }
@@ -108,18 +105,8 @@ table ip netnsd {
     ip saddr @confined ip saddr . ip daddr . meta l4proto . th dport != @allowed goto refused
     ct state established,related accept
     ct state invalid drop
-    ct state new add @flows { ip saddr ct count over %(flows)d } reject
-    ct state new rt nexthop != @gateways jump to_neighbour
     tcp flags syn tcp option maxseg size set rt mtu
     accept
-  }
-  # Each neighbour that does not answer has a place in a table that all of the host shares, and which by default ends at
-  # 1024 (arp(7), gc_thresh3), for some 8 seconds. So new ones are few at a time, of one environment and of all.
-  chain to_neighbour {
-    rt nexthop @neighbours return
-    update @seekers { ip saddr limit rate over 5/second burst 32 packets } reject
-    limit rate over 40/second burst 256 packets reject
-    add @neighbours { rt nexthop }
   }
   # A reset is told at once; the kernel sends a peer about one ICMP error a second (net.ipv4.icmp_ratelimit).
   chain refused {
@@ -142,8 +129,6 @@ table ip netnsd {
     type filter hook input priority 0;
     iifname != "%(bridge)s*" accept
     ct direction reply ct state established,related accept
-    # Each identifier of a ping is a flow of its own.
-    icmp type echo-request ct state new add @flows { ip saddr ct count over %(flows)d } drop
     icmp type echo-request accept
     meta l4proto tcp reject with tcp reset
     reject with icmp type admin-prohibited
@@ -164,12 +149,43 @@ table bridge netnsd {
   }
 }
 """
-_FAMILIES = {"seats": "bridge"}
+_BOUNDS = """
+table ip netnsd_bounds {
+  set gateways { type ipv4_addr; %(gateways)s }
+  set flows { type ipv4_addr; size 65536; flags dynamic; }
+  set seekers { type ipv4_addr; size 65536; flags dynamic, timeout; timeout 60s; }
+  set neighbours { type ipv4_addr; size 4096; flags dynamic, timeout; timeout 10s; }
+
+  # What goes on after the rules of who reaches whom.
+  chain forwarded {
+    type filter hook forward priority 10;
+    iifname "%(bridge)s*" ct direction original ct state new goto begun
+  }
+  chain begun {
+    add @flows { ip saddr ct count over %(flows)d } reject
+    oifname != "%(bridge)s*" rt nexthop != @gateways goto to_neighbour
+  }
+  # Each neighbour that does not answer has a place in a table that all of the host shares, and which by default ends at
+  # 1024 (arp(7), gc_thresh3), for some 8 seconds. So new ones are few at a time, of one environment and of all.
+  chain to_neighbour {
+    rt nexthop @neighbours accept
+    update @seekers { ip saddr limit rate over 5/second burst 32 packets } reject
+    limit rate over 40/second burst 256 packets reject
+    add @neighbours { rt nexthop }
+  }
+  chain arrived {
+    type filter hook input priority 10;
+    # Each identifier of a ping is a flow of its own.
+    iifname "%(bridge)s*" icmp type echo-request ct state new add @flows { ip saddr ct count over %(flows)d } drop
+  }
+}
+"""
+_TABLES_OF = {"seats": ("bridge", TABLE), "gateways": ("ip", BOUNDS)}
 
 
-def family_of(name: str) -> str:
-    """The family of the table that has a set or map."""
-    return _FAMILIES.get(name, "ip")
+def table_of(name: str) -> str:
+    """The family and the name of the table that has a set or map."""
+    return " ".join(_TABLES_OF.get(name, ("ip", TABLE)))
 
 
 class Kind(NamedTuple):
@@ -234,25 +250,36 @@ def packed(elements: Mapping[str, Sequence[Fields]]) -> dict[str, list[nfnetlink
             for name, some in elements.items()}
 
 
-def text(*, supernet: str, flows: int, elements: Elements | None = None, uplinks: Sequence[str] = (),
-         gateways: Sequence[str] = ()) -> str:
-    """Both tables as nft commands.
+def removal() -> str:
+    """What takes all of the tables away, as nft commands."""
+    return _removal(TABLES)
+
+
+def reach(*, supernet: str, elements: Elements | None = None, uplinks: Sequence[str] = ()) -> str:
+    """Who reaches whom, in place of what is there of that, as nft commands.
 
     Args:
         supernet: all environments' addresses, in CIDR form.
-        flows: connections of one environment that the host tracks at once.
         elements: those of ``KINDS`` and ``allowed``.
         uplinks: interfaces that are not routed between.
-        gateways: addresses of neighbours that an environment may always go by.
     """
     values = {name: [written(name, fields) for fields in some] for name, some in (elements or {}).items()}
-    values |= {"uplinks": [f'"{name}"' for name in uplinks], "gateways": list(gateways)}
-    return _RULES % {
-        **{name: f"elements = {{ {', '.join(values[name])} }}" if values.get(name) else ""
-           for name in (*KINDS, "allowed", "uplinks", "gateways")},
+    values["uplinks"] = [f'"{name}"' for name in uplinks]
+    return _removal(_REACH_TABLES) + _REACH % {
+        **{name: _with(values.get(name, ())) for name in (*KINDS, "allowed", "uplinks")},
         # An address of no environment and of no bridge.
         "guest": str(ipaddress.ip_network(supernet).network_address),
-        "supernet": supernet, "bridge": BRIDGE_PREFIX, "port": PORT_PREFIX, "flows": flows}
+        "supernet": supernet, "bridge": BRIDGE_PREFIX, "port": PORT_PREFIX}
+
+
+def bounds(*, flows: int, gateways: Sequence[str] = ()) -> str:
+    """How much of the host an environment fills, in place of what is there of that, as nft commands.
+
+    Args:
+        flows: connections of one environment that the host tracks at once.
+        gateways: addresses of neighbours that an environment may always go by.
+    """
+    return _removal(_BOUNDS_TABLES) + _BOUNDS % {"flows": flows, "gateways": _with(gateways), "bridge": BRIDGE_PREFIX}
 
 
 def written(name: str, fields: Fields) -> str:
@@ -283,6 +310,14 @@ def comparable(name: str, fields: Fields) -> str:
         return written(name, fields)
     return written(name, tuple(nfnetlink.PROTOCOLS.get(field, field) if isinstance(field, str) else field
                                for field in fields))
+
+
+def _removal(tables: Iterable[tuple[str, str]]) -> str:
+    return "".join(f"add table {family} {name}\ndelete table {family} {name}\n" for family, name in tables)
+
+
+def _with(elements: Sequence[str]) -> str:
+    return f"elements = {{ {', '.join(elements)} }}" if elements else ""
 
 
 def _packed(kind: Kind, fields: Fields) -> nfnetlink.Element:

@@ -12,6 +12,8 @@ from collections.abc import AsyncGenerator, Iterable
 
 import trio
 
+from netnsd.kernel.ruleset import TABLES
+
 # linux/netfilter/nfnetlink.h, nf_tables.h
 _NETLINK_NETFILTER = 12
 _NFNLGRP_NFTABLES = 7
@@ -22,6 +24,8 @@ _HEADER = struct.Struct("=IHHII")
 _GENERIC_BYTES = 4
 _ATTRIBUTE = struct.Struct("=HH")
 _SENDER_OFFSET = 12
+_FAMILIES = {"ip": socket.AF_INET, "bridge": socket.AF_BRIDGE}
+_TABLES = frozenset((_FAMILIES[family], name.encode() + b"\0") for family, name in TABLES)
 # linux/filter.h: classic BPF
 _SO_ATTACH_FILTER = 26
 _LOAD_WORD, _JUMP_EQUAL, _RETURN = 0x20, 0x15, 0x06
@@ -35,12 +39,10 @@ class RulesetWatch:
     """Listens from when it is made, in the network namespace of its thread. Close it.
 
     Args:
-        table: the name of ours, of the families ip and bridge.
         own: the port ids of the sockets by which we change it ourselves.
     """
 
-    def __init__(self, table: str, own: Iterable[int]) -> None:
-        self._table = table.encode() + b"\0"
+    def __init__(self, own: Iterable[int]) -> None:
         self._socket = socket.socket(
             socket.AF_NETLINK, socket.SOCK_RAW | socket.SOCK_CLOEXEC | socket.SOCK_NONBLOCK, _NETLINK_NETFILTER)
         try:
@@ -84,7 +86,7 @@ class RulesetWatch:
             return False
         length, attribute = _ATTRIBUTE.unpack_from(body, _GENERIC_BYTES)
         value = body[_GENERIC_BYTES + _ATTRIBUTE.size:_GENERIC_BYTES + length]
-        return body[0] in (socket.AF_INET, socket.AF_BRIDGE) and attribute == _NAME and value == self._table
+        return attribute == _NAME and (body[0], value) in _TABLES
 
 
 def _drop(watcher: socket.socket, senders: set[int]) -> None:

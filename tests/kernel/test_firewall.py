@@ -21,11 +21,11 @@ from netnsd.kernel.bridges import Forwarding
 from netnsd.kernel.firewall import NftFirewall
 from netnsd.kernel.namespace_thread import NamespaceThread, Priority
 from netnsd.kernel.nft import Nft
-from netnsd.kernel.ruleset import TABLE
 from netnsd.kernel.ruleset_watch import RulesetWatch
 from netnsd.kernel.seats import Seats
 
 SUPERNET = "10.203.0.0/16"
+FLOWS = 64
 WEB = Opening("10.203.0.2", 61001, (Publication("tcp", 20000, 3000), Publication("udp", 20000, 53)))
 DATABASE = Opening("10.203.0.3", 61002, (Publication("tcp", 20001, 5432),))
 BARE = Opening("10.203.0.4", 61002, ())
@@ -45,8 +45,17 @@ SEATED = "1100000 . 02:4e:0a:cb:00:02 . 10.203.0.2"
 class Table:
     """A firewall in its own network namespace; ``nft`` is another tool there."""
 
-    def __init__(self, thread: NamespaceThread, firewall: NftFirewall) -> None:
-        self._thread, self.firewall = thread, firewall
+    def __init__(self, thread: NamespaceThread, firewall: NftFirewall, runtime: Path) -> None:
+        self._thread, self.firewall, self._runtime = thread, firewall, runtime
+
+    async def next_run(self, *, flows: int = FLOWS) -> NftFirewall:
+        """As the next daemon has it, beside the first one. Stop it, and leave what it has loaded."""
+        seats = Seats(Plan(SUPERNET, 250))
+        seats.add(0)
+        firewall = NftFirewall(self._thread, SUPERNET, flows, Forwarding(self._runtime / "forwarding"), seats,
+                               self._runtime / "ruleset")
+        await firewall.start()
+        return firewall
 
     async def nft(self, commands: str) -> str:
         def run() -> str:
@@ -58,7 +67,7 @@ class Table:
     @asynccontextmanager
     async def watched(self) -> AsyncIterator[list[float]]:
         """When changes by others were noticed, so far."""
-        watch = await self._thread.run(lambda: RulesetWatch(TABLE, self.firewall.senders), Priority.CHECK)
+        watch = await self._thread.run(lambda: RulesetWatch(self.firewall.senders), Priority.CHECK)
         noticed: list[float] = []
 
         async def follow() -> None:
@@ -87,9 +96,9 @@ async def table(tmp_path: Path) -> AsyncIterator[Table]:
     [thread] = made
     seats = Seats(Plan(SUPERNET, 250))
     seats.add(0)
-    firewall = NftFirewall(thread, SUPERNET, 64, Forwarding(tmp_path / "forwarding"), seats)
+    firewall = NftFirewall(thread, SUPERNET, FLOWS, Forwarding(tmp_path / "forwarding"), seats, tmp_path / "ruleset")
     await firewall.start()
-    yield Table(thread, firewall)
+    yield Table(thread, firewall, tmp_path)
     await firewall.stop(remove=True)
     thread.__exit__(None, None, None)
 
@@ -97,7 +106,7 @@ async def table(tmp_path: Path) -> AsyncIterator[Table]:
 async def test_rules_load_and_are_one_table(table: Table) -> None:
     assert await table.firewall.restore(ALL)
     listing = await table.nft("list ruleset")
-    assert listing.count("table ") == 2
+    assert listing.count("table ") == 3
     for name in ("guard", "from_bridge", "publish_local", "from_host", "to_environment", "translate", "through",
                  "from_environment", "to_host"):
         assert f"chain {name} {{" in listing
@@ -127,7 +136,7 @@ async def test_restoring_what_is_right_changes_nothing(table: Table) -> None:
     "insert rule ip netnsd from_host accept", "insert rule ip netnsd to_environment accept",
     "flush chain ip netnsd from_bridge", "add rule ip netnsd to_host accept", "add chain ip netnsd strange",
     "add element ip netnsd allowed { 10.203.0.2 . 10.203.0.3 . tcp . 80 }", 'add element ip netnsd uplinks { "eth9" }',
-    "flush set ip netnsd uplinks; flush chain ip netnsd through", "add element ip netnsd gateways { 10.9.9.9 }",
+    "flush set ip netnsd uplinks; flush chain ip netnsd through", "add element ip netnsd_bounds gateways { 10.9.9.9 }",
     "delete element ip netnsd guests { 10.203.99.5 . 61003 }", "add element ip netnsd guests { 10.203.0.2 . 61003 }",
     "flush set ip netnsd declared", "add element ip netnsd hosts { 10.203.0.2 }", "flush set ip netnsd lans",
     "add element ip netnsd offered { tcp . 20000 : 10.203.0.2 . 3000 }", "flush set ip netnsd confined",
@@ -342,7 +351,7 @@ async def test_many_passages_are_replaced_in_one_step(table: Table, count: int) 
         assert not await table.firewall.check()
         await table.firewall.judge(Judgement())
         assert noticed == [], "our own changes are nobody else's"
-    assert await table.nft("list ruleset") == bare
+    assert sorted(await table.nft("list ruleset")) == sorted(bare)
 
 
 async def test_many_passages_that_the_kernel_refuses_change_nothing(table: Table) -> None:
@@ -362,3 +371,41 @@ async def test_before_the_first_load_a_judgement_is_only_known(table: Table) -> 
     assert await table.nft("list ruleset") == ""
     await table.firewall.restore([WEB])
     assert "10.203.0.2/31 . 10.203.0.4 . tcp . 80-90" in await table.nft("list ruleset")
+
+
+async def test_what_an_earlier_run_has_loaded_stays_where_it_is_right(table: Table) -> None:
+    """Loaded again it would refuse for an instant what policies let, and forget how much each has."""
+    await table.firewall.restore(ALL)
+    await table.firewall.judge(TALKING)
+    for openings, judgement, is_right in ((ALL, TALKING, True), (ALL, Judgement(), False), ([WEB], TALKING, False),
+                                          (ALL, TALKING, False)):
+        await table.nft("add element ip netnsd_bounds seekers { 10.203.0.2 }")
+        next_run = await table.next_run()
+        await next_run.judge(judgement)
+        assert await next_run.restore(openings) is not is_right
+        assert ("expires" in await table.nft("list set ip netnsd_bounds seekers")) is is_right
+        assert not await next_run.check()
+        await next_run.stop(remove=False)
+    again = await table.next_run()
+    await again.judge(TALKING)
+    await table.nft("insert rule ip netnsd to_environment accept")
+    assert await again.restore(ALL)
+    await again.stop(remove=False)
+
+
+async def test_rules_of_another_release_are_loaded_anew(table: Table) -> None:
+    await table.firewall.restore(ALL)
+    other = await table.next_run(flows=65)
+    assert await other.restore(ALL)
+    assert "over 65" in await table.nft("list ruleset")
+    await other.stop(remove=False)
+
+
+async def test_what_has_been_counted_outlives_a_judgement_that_loads_all_anew(table: Table) -> None:
+    many = Judgement(frozenset(Passage((A, A), (C, C), (6, 6), (port, port)) for port in range(1, 2000, 2)))
+    await table.firewall.restore([WEB])
+    await table.firewall.judge(many)
+    await table.nft("add element ip netnsd_bounds seekers { 10.203.0.2 }")
+    await table.firewall.judge(Judgement())
+    assert "10.203.0.2 expires" in await table.nft("list set ip netnsd_bounds seekers")
+    assert not await table.firewall.check()

@@ -230,9 +230,12 @@ def test_what_both_policies_let_goes_on_across_a_change_and_what_both_forbid_nev
             apply(daemon, wide, other) if number % 2 == 0 else apply(daemon, narrow)
             create(daemon, f"more-{number}", app="source" if number % 2 else "friend")
         daemon.ctl("policy", "rm", "stranger", user=ALICE, check=True)
+        for end_daemon in (daemon.kill, daemon.stop):
+            end_daemon()
+            daemon.start()
         apply(daemon, wide)
         done, lost = end()
-    print(f"\n{done} across 10 changes, lost: {lost}")
+    print(f"\n{done} across 10 changes, a death and a restart of the daemon, lost: {lost}")
     assert lost == []
     assert min(done.values()) > 50
     assert "came" not in daemon.ctl("logs", "stranger", user=ALICE, check=True).stdout
