@@ -79,7 +79,7 @@ def _statuses(route: Route) -> list[int]:
     found = set(_ALWAYS)
     if route.body is not None or route.query:
         found |= {413, 422}
-    if "{ref}" in route.path or route.path.startswith("/api/") or route.body is wire.CreateRequest:  # of a template
+    if "{" in route.path or route.path.startswith("/api/") or route.body is wire.CreateRequest:  # of a template
         found |= {404}
     if route.method != "GET":
         found |= {409, 413}

@@ -16,7 +16,7 @@ import trio
 from netnsd import wire
 from netnsd.core.environment import Environment, Quota
 from netnsd.core.interfaces import Store
-from netnsd.errors import InvalidRequest, QuotaExceeded, TooManyCreations
+from netnsd.errors import InvalidRequest, QuotaExceeded, TooManyCreations, WrongState
 
 LIMITS = tuple(field.name for field in msgspec.structs.fields(wire.QuotaLimits))
 MOST = 1 << 50  # of anything
@@ -133,10 +133,10 @@ class Quotas:
     def put(self, uid: int, user: str, wanted: wire.QuotaRequest) -> None:
         """Give a user a quota of its own, in place of the one before. What it has beyond that stays.
 
-        Raises InvalidRequest, StoreError.
+        Raises InvalidRequest, WrongState, StoreError.
         """
         if uid == _ROOT:
-            raise InvalidRequest("root has no quota", hint="Name another user.")
+            raise WrongState("root has no quota", hint="Name another user.")
         said = {name: value for name in LIMITS if (value := getattr(wanted, name)) is not msgspec.UNSET}
         for name, value in said.items():
             if value is not None and not 0 <= value <= MOST:

@@ -16,7 +16,15 @@ from netnsd import wire
 from netnsd.core.environments import Environments
 from netnsd.core.pool import PoolSettings
 from netnsd.core.quotas import LIMITS
-from netnsd.errors import InvalidRequest, LaunchFailed, NetnsdError, QuotaExceeded, StoreError, TooManyCreations
+from netnsd.errors import (
+    InvalidRequest,
+    LaunchFailed,
+    NetnsdError,
+    QuotaExceeded,
+    StoreError,
+    TooManyCreations,
+    WrongState,
+)
 from tests.fakes.world import ALICE, BOB, CAROL, ROOT, World, request
 from tests.unit import stocking
 
@@ -98,7 +106,7 @@ async def test_root_has_no_quota_and_admins_have_one(tmp_path: Path) -> None:
         await environments.create(request("a"), CAROL)
         with pytest.raises(QuotaExceeded):
             await environments.create(request("b"), CAROL)
-        with pytest.raises(InvalidRequest):
+        with pytest.raises(WrongState):
             environments.registry.quotas.put(0, "root", wire.QuotaRequest(environments=1))
 
 
