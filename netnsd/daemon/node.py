@@ -124,8 +124,8 @@ class Node:
             seats = Seats(plan)
             network = KernelNetwork(thread, self._runtime, self._config.network.mtu, seats)
             forwarding = bridges.Forwarding(self._runtime / "forwarding")
-            firewall = NftFirewall(thread, supernet, self._config.network.flows, forwarding, seats,
-                                   self._runtime / "ruleset")
+            firewall = NftFirewall(thread, supernet, self._config.network.flows, forwarding=forwarding,
+                                   seats=seats, record=self._runtime / "ruleset")
             cgroups = self._cgroups = CgroupTree(self._config.daemon.cgroup)
             files = EnvironmentFiles(self._runtime, self._state, self._config.services.log_bytes)
             await network.open()

@@ -52,7 +52,7 @@ class NftFirewall:
         record: a file that remembers, over restarts, what is loaded.
     """
 
-    def __init__(self, thread: NamespaceThread, supernet: str, flows_per_address: int,
+    def __init__(self, thread: NamespaceThread, supernet: str, flows_per_address: int, *,
                  forwarding: bridges.Forwarding, seats: Seats, record: Path) -> None:
         self._thread = thread
         self._supernet = supernet

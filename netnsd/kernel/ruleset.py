@@ -1,8 +1,8 @@
 """The host's rules as text, and what their sets and maps hold, as nft writes it and as the kernel has it. Pure.
 
-Three tables, whose rules never change with the number of environments; elements of their sets do. ``ip netnsd`` says who
-reaches whom, ``bridge netnsd`` that nobody takes another's address, and ``ip netnsd_bounds`` how much of the host's own
-tables an environment fills. What the last has counted outlives a reload of the others.
+Three tables, whose rules never change with the number of environments; elements of their sets do. ``ip netnsd`` says
+who reaches whom, ``bridge netnsd`` that nobody takes another's address, and ``ip netnsd_bounds`` how much of the host's
+own tables an environment fills. What the last has counted outlives a reload of the others.
 """
 
 from __future__ import annotations

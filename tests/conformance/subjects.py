@@ -155,8 +155,8 @@ class RealSubjects(Subjects):
         with NamespaceThread() as thread:
             seats = Seats(PLAN)
             network = KernelNetwork(thread, runtime, 1500, seats)
-            firewall = NftFirewall(thread, SUPERNET, 64, Forwarding(runtime / "forwarding"), seats,
-                                   runtime / "ruleset")
+            firewall = NftFirewall(thread, SUPERNET, 64, forwarding=Forwarding(runtime / "forwarding"), seats=seats,
+                                   record=runtime / "ruleset")
             await network.open()
             await firewall.start()
             processes = LauncherProcesses(str(runtime / "l.sock"), cgroups.root,

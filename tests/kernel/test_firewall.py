@@ -52,8 +52,8 @@ class Table:
         """As the next daemon has it, beside the first one. Stop it, and leave what it has loaded."""
         seats = Seats(Plan(SUPERNET, 250))
         seats.add(0)
-        firewall = NftFirewall(self._thread, SUPERNET, flows, Forwarding(self._runtime / "forwarding"), seats,
-                               self._runtime / "ruleset")
+        firewall = NftFirewall(self._thread, SUPERNET, flows, seats=seats,
+                               forwarding=Forwarding(self._runtime / "forwarding"), record=self._runtime / "ruleset")
         await firewall.start()
         return firewall
 
@@ -96,7 +96,8 @@ async def table(tmp_path: Path) -> AsyncIterator[Table]:
     [thread] = made
     seats = Seats(Plan(SUPERNET, 250))
     seats.add(0)
-    firewall = NftFirewall(thread, SUPERNET, FLOWS, Forwarding(tmp_path / "forwarding"), seats, tmp_path / "ruleset")
+    firewall = NftFirewall(thread, SUPERNET, FLOWS, forwarding=Forwarding(tmp_path / "forwarding"), seats=seats,
+                           record=tmp_path / "ruleset")
     await firewall.start()
     yield Table(thread, firewall, tmp_path)
     await firewall.stop(remove=True)
