@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import fcntl
+import json
 import os
 import platform
 import signal
@@ -19,6 +20,7 @@ import pytest
 
 from tests.harness import ALICE, BOB, Daemon, HostNamespace, User, wait_until
 from tests.harness.daemon import program
+from tests.harness.host import tool
 from tests.system.clients import (
     PYTHON,
     Conversation,
@@ -205,13 +207,15 @@ def test_daemon_killed_while_the_launcher_starts_a_server_undoes_the_creation(da
     with nothing_left(daemon.host):
         launcher = _launcher(daemon)
         os.kill(launcher, signal.SIGSTOP)
-        client = daemon.host.popen([program("netnsctl"), "create", "web", "-p", "3000", "--",
-                                    *echo_server("alice", 3000)], user=ALICE, env={"NETNSD_SOCKET": daemon.socket})
+        # Not netnsctl, which asks again.
+        wanted = json.dumps({"name": "web", "ports": [{"port": 3000}], "command": echo_server("alice", 3000)})
+        client = daemon.host.popen([tool("curl"), "-sS", "--unix-socket", daemon.socket, "-d", wanted,
+                                    "http://localhost/v1/environments"], user=ALICE)
         wait_until(lambda: daemon.host.path("/run/netns/web").exists() and any(
             name.startswith("nd") for name in os.listdir(daemon.host.daemon_cgroup)), what="the half-made environment")
         assert daemon.ctl_json("ls", user=ALICE)[0]["state"] == "creating"
         daemon.kill()
-        assert client.wait(timeout=5) == 3
+        assert client.wait(timeout=5) == 52  # an empty answer: curl(1)
         os.kill(launcher, signal.SIGCONT)
         daemon.start()
         assert daemon.ctl_json("ls", user=ALICE) == []
