@@ -15,13 +15,17 @@ from netnsd.core import egress
 from netnsd.core.environment import Environment
 from netnsd.core.judgement import Judgement, Passage, Span
 from netnsd.core.policy import Peers, Policy, Rule
-from netnsd.core.traffic import EVERYTHING, Reach, Traffic, common, common_reach, reach_of, united, without
+from netnsd.core.traffic import EVERYTHING, NOTHING, Reach, Traffic, common, common_reach, reach_of, united, without
 from netnsd.errors import PoliciesExhausted
 
 # The kernel's set takes many more, but any change of it takes a copy, 9 microseconds for each, and 27 where many are
 # replaced; and meanwhile nothing can be wired.
 MOST_PASSAGES = 32768
 MOST_PASSAGES_EACH = 8192
+# Steps of one user's policies, some 0.3 microseconds each: whoever comes or goes meanwhile waits.
+MOST_STEPS_EACH = 1 << 20
+# To join what one part of a rule lets with what the others do.
+_STEPS_OF_PART = 64
 _EVERYBODY = 1
 
 
@@ -72,6 +76,8 @@ class _Judge:
         self._incoming = [self._lets(policy.ingress) for policy in policies]
         self._outgoing = [self._lets(policy.egress) for policy in policies]
         self._classes = self._sorted_out()
+        self._let: dict[tuple[bool, tuple[int, ...], int], Traffic] = {}
+        self._steps: dict[int, int] = {}
         self._passages: list[Passage] = []
         self._counts: dict[int, int] = {}
 
@@ -91,10 +97,10 @@ class _Judge:
             if one.incoming:
                 reach = self._from_environments(one)
                 if one.is_shared:
-                    reach = tuple(sorted(reach + inward(one.incoming)))
+                    reach = tuple(sorted(reach + inward(one.uid, one.incoming)))
                 targets.setdefault((one.uid, reach), []).extend(one.members)
             if is_confined:
-                sources.setdefault((one.uid, outward(one.outgoing, one.egress)), []).extend(one.members)
+                sources.setdefault((one.uid, outward(one.uid, one.outgoing, one.egress)), []).extend(one.members)
         for (uid, reach), places in targets.items():
             for span in self._spans(places):
                 self._pass(uid, [Passage(peers, span, *box) for peers, traffic in reach for box in traffic])
@@ -133,22 +139,50 @@ class _Judge:
         """Who of the environments reaches these, and how."""
         by_traffic: dict[Traffic, list[int]] = {}
         for source in self._classes:
-            traffic = _let((self._incoming[number] for number in target.incoming), source)
+            traffic = self._traffic(target, source, is_incoming=True)
             if traffic and source.outgoing:
-                traffic = common(traffic, _let((self._outgoing[number] for number in source.outgoing), target))
+                others = self._traffic(source, target, is_incoming=False)
+                self._step(target.uid, len(traffic))
+                self._step(source.uid, len(others))
+                traffic = common(traffic, others)
             if traffic:
                 by_traffic.setdefault(traffic, []).extend(source.members)
-        return tuple(sorted((span, traffic) for traffic, places in by_traffic.items() for span in self._spans(places)))
+        found = sorted((span, traffic) for traffic, places in by_traffic.items() for span in self._spans(places))
+        _require_few(found, target.uid)
+        return tuple(found)
 
-    def _outward(self, policies: tuple[int, ...], field_of: str) -> Reach:
+    def _traffic(self, one: _Class, peer: _Class, *, is_incoming: bool) -> Traffic:
+        """What the policies that select one class let with another. All that are alike have the same."""
+        if one.uid in self._closed:
+            return NOTHING
+        numbers = one.incoming if is_incoming else one.outgoing
+        key = (is_incoming, numbers, peer.known)
+        if key not in self._let:
+            lets = self._incoming if is_incoming else self._outgoing
+            self._step(one.uid, sum(len(lets[number]) for number in numbers))
+            self._let[key] = united(traffic for number in numbers for mask, traffic in lets[number]
+                                    if mask & peer.known)
+        return self._let[key]
+
+    def _outward(self, uid: int, numbers: tuple[int, ...], field_of: str) -> Reach:
         allowed = common_reach(egress.reach(field_of), self._outside)
-        if not policies:
+        if not numbers:
             return allowed
-        let = _outside_of(tuple(self._policies[n] for n in policies), self._outside, inward=False)
-        return common_reach(allowed, let)
+        return common_reach(allowed, self._outside_of(uid, [self._policies[n].egress for n in numbers]))
 
-    def _inward(self, policies: tuple[int, ...]) -> Reach:
-        return _outside_of(tuple(self._policies[n] for n in policies), self._outside, inward=True)
+    def _inward(self, uid: int, numbers: tuple[int, ...]) -> Reach:
+        return self._outside_of(uid, [self._policies[n].ingress for n in numbers])
+
+    def _outside_of(self, uid: int, rules: Iterable[tuple[Rule, ...] | None]) -> Reach:
+        some = tuple(rule for those in rules for rule in those or () if rule.is_for_all or rule.blocks)
+        self._step(uid, _STEPS_OF_PART * sum(rule.parts for rule in some))
+        return _outside_of(some, self._outside, uid)
+
+    def _step(self, uid: int, count: int) -> None:
+        self._steps[uid] = self._steps.get(uid, 0) + count
+        if self._steps[uid] > MOST_STEPS_EACH:
+            raise PoliciesExhausted("the policies of one user take the host too long to judge",
+                                    hint="Name fewer peers, ports and blocks, or select fewer environments.", uid=uid)
 
     def _spans(self, places: list[int]) -> list[Span]:
         """Addresses of environments, as few spans with no other environment's in them."""
@@ -166,22 +200,29 @@ class _Judge:
         self._counts[uid] = self._counts.get(uid, 0) + len(passages)
         if self._counts[uid] > MOST_PASSAGES_EACH or len(self._passages) > MOST_PASSAGES:
             most = uid if self._counts[uid] > MOST_PASSAGES_EACH else max(self._counts, key=lambda u: self._counts[u])
-            raise PoliciesExhausted("the policies come to more passages than the host keeps: at most"
-                                    f" {MOST_PASSAGES_EACH} of one user, and {MOST_PASSAGES} of all",
-                                    hint="Name fewer ports and blocks, or select fewer environments.", uid=most)
+            raise _too_many(most)
 
 
-@lru_cache(maxsize=4096)  # most of the work, and the same each time while a policy is
-def _outside_of(policies: tuple[Policy, ...], outside: Reach, *, inward: bool) -> Reach:
-    """What these policies together let from outside, or to it."""
-    rules = [rule for policy in policies for rule in (policy.ingress if inward else policy.egress) or ()]
+# Most of the work, and the same each time while the rules are. Not by policies, whose documents would be kept.
+@lru_cache(maxsize=128)
+def _outside_of(rules: tuple[Rule, ...], outside: Reach, uid: int) -> Reach:
+    """What these rules of a user's together let from outside, or to it."""
     reach = reach_of((span, rule.traffic) for rule in rules
                      for span in ([egress.ALL_ADDRESSES] if rule.is_for_all else rule.blocks))
+    _require_few(reach, uid)
     return common_reach(reach, outside)
 
 
-def _let(lets: Iterable[list[tuple[int, Traffic]]], peer: _Class) -> Traffic:
-    return united(traffic for some in lets for mask, traffic in some if mask & peer.known)
+def _require_few(reach: Sequence[tuple[Span, Traffic]], uid: int) -> None:
+    """Raise PoliciesExhausted for what could never be held: to keep it, and to go on with it, costs much too."""
+    if sum(len(traffic) for _, traffic in reach) > MOST_PASSAGES_EACH:
+        raise _too_many(uid)
+
+
+def _too_many(uid: int) -> PoliciesExhausted:
+    return PoliciesExhausted("the policies come to more passages than the host keeps: at most"
+                             f" {MOST_PASSAGES_EACH} of one user, and {MOST_PASSAGES} of all",
+                             hint="Name fewer ports and blocks, or select fewer environments.", uid=uid)
 
 
 def _address(environment: Environment) -> int:

@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+import trio
+
 from netnsd.core.actor import Actor, Members
 from netnsd.core.interfaces import Clock, Emit
 from netnsd.core.policing import Key, Policing
@@ -37,7 +39,8 @@ class Policies:
             if (uid, name) in policies:
                 raise InvalidPolicy(f"policy {name!r} is given twice", hint="Give each its own name.",
                                     field="metadata.name")
-            policies[uid, name] = policy_of(document, uid, user, now)
+            # Not in the loop that serves everybody: a large one takes a while.
+            policies[uid, name] = await trio.to_thread.run_sync(policy_of, document, uid, user, now)
         if policies:
             await self._policing.change(policies)
         for policy in policies.values():

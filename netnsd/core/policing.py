@@ -11,6 +11,7 @@ from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 
+import msgspec
 import trio
 
 from netnsd.core import judging
@@ -25,7 +26,8 @@ from netnsd.errors import InvalidPolicy, NetnsdError, PoliciesExhausted, StoreEr
 
 Key = tuple[int, str]  # of a policy: its user's id, its name
 MOST_POLICIES = 64  # of one user
-MOST_PARTS = 1024  # of one user's policies together: combinations of a rule's peers and its ports
+MOST_PARTS = 1024  # of one user's policies together: combinations of a rule's peers and its ports, and conditions
+MOST_BYTES = 1 << 18  # of one user's documents, as JSON
 _AT_ONCE = 256
 # Of less, the way to another thread and back takes longer than the work.
 _LARGE = 64
@@ -221,4 +223,9 @@ def _check_bounds(policies: Sequence[Policy]) -> None:
     parts = sum(policy.parts for policy in policies)
     if parts > MOST_PARTS:
         raise PoliciesExhausted(f"the policies of {policies[0].user!r} come to {parts} combinations of peers and"
-                                f" ports, more than {MOST_PARTS}", hint="Name fewer peers, or ranges of ports.")
+                                f" ports and conditions on labels, more than {MOST_PARTS}",
+                                hint="Name fewer peers, or ranges of ports.")
+    size = sum(len(msgspec.json.encode(policy.document)) for policy in policies)
+    if size > MOST_BYTES:
+        raise PoliciesExhausted(f"the policies of {policies[0].user!r} would take {size} bytes, more than {MOST_BYTES}",
+                                hint="Leave annotations out, or join some.")

@@ -74,6 +74,12 @@ class Rule:
     blocks: tuple[Span, ...] = ()
     is_for_all: bool = False
 
+    @property
+    def parts(self) -> int:
+        """How much there is of it: combinations of peers and ports, and what is asked of peers."""
+        asked = sum(len(peers.namespaces.requirements) + len(peers.pods.requirements) for peers in self.peers)
+        return max(1, len(self.peers) + len(self.blocks)) * max(1, len(self.traffic)) + asked
+
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Policy:
@@ -103,9 +109,8 @@ class Policy:
 
     @property
     def parts(self) -> int:
-        """How much there is of it: combinations of peers and ports."""
-        return sum(max(1, len(rule.peers) + len(rule.blocks)) * max(1, len(rule.traffic))
-                   for rule in (*(self.ingress or ()), *(self.egress or ())))
+        """How much there is of it: that of its rules, and what it asks of those that it is about."""
+        return len(self.pods.requirements) + sum(rule.parts for rule in (*(self.ingress or ()), *(self.egress or ())))
 
 
 def concerning(policies: Iterable[Policy], environment: Environment) -> bool:

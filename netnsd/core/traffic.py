@@ -37,12 +37,21 @@ def merged(spans: Iterable[Span]) -> list[Span]:
 
 def without(spans: Iterable[Span], holes: Iterable[Span]) -> list[Span]:
     """``spans`` but for what is in ``holes``, in as few spans as can be."""
-    left = merged(spans)
-    for first, last in merged(holes):
-        left = [piece for span in left
-                for piece in ((span[0], min(span[1], first - 1)), (max(span[0], last + 1), span[1]))
-                if piece[0] <= piece[1]]
-    return left
+    found: list[Span] = []
+    cut = merged(holes)
+    passed = 0  # holes that are behind: each is looked at once for a span, as users say how many there are
+    for begin, end in merged(spans):
+        while passed < len(cut) and cut[passed][1] < begin:
+            passed += 1
+        free, place = begin, passed
+        while place < len(cut) and cut[place][0] <= end:
+            if free < cut[place][0]:
+                found.append((free, cut[place][0] - 1))
+            free = cut[place][1] + 1
+            place += 1
+        if free <= end:
+            found.append((free, end))
+    return found
 
 
 def united(parts: Iterable[Traffic]) -> Traffic:
@@ -62,9 +71,17 @@ def common(one: Traffic, other: Traffic) -> Traffic:
         return other
     if other == EVERYTHING:
         return one
-    return tuple((protocols, (max(ports[0], others[0]), min(ports[1], others[1])))
-                 for protocols, ports in one for theirs, others in other
-                 if protocols == theirs and max(ports[0], others[0]) <= min(ports[1], others[1]))
+    found: list[tuple[Span, Span]] = []
+    mine = theirs = 0
+    while mine < len(one) and theirs < len(other):
+        (protocols, ports), (others, spans) = one[mine], other[theirs]
+        if protocols == others and max(ports[0], spans[0]) <= min(ports[1], spans[1]):
+            found.append((protocols, (max(ports[0], spans[0]), min(ports[1], spans[1]))))
+        if (protocols, ports[1]) <= (others, spans[1]):
+            mine += 1
+        else:
+            theirs += 1
+    return tuple(found)
 
 
 def reach_of(parts: Iterable[tuple[Span, Traffic]]) -> Reach:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import ipaddress
 from pathlib import Path
 from typing import Any
@@ -466,6 +467,17 @@ async def test_policies_of_one_user_are_bounded_by_number_and_by_what_they_say(
         await world.policies.apply([document("a", {"ingress": [rule]})], ALICE)
         with pytest.raises(PoliciesExhausted):
             await world.policies.apply([document("b", {"ingress": [{}]})], ALICE)
+        asked = [{"key": f"k{number}", "operator": "DoesNotExist"} for number in range(6)]
+        for spec in ({"podSelector": {"matchExpressions": asked[:1]}}, {"ingress": [{"from": [{"podSelector": {
+                "matchExpressions": asked}}]}]}):
+            with pytest.raises(PoliciesExhausted):  # others' creations are asked each of them
+                await world.policies.apply([document("b", spec)], ALICE)
+        monkeypatch.setattr(policing, "MOST_BYTES", 2000)
+        for text, refused in (("x" * 1000, False), ("x" * 2000, True)):
+            large = document("b", {})
+            large["metadata"]["annotations"] = {"note": text}
+            with pytest.raises(PoliciesExhausted) if refused else contextlib.nullcontext():
+                await world.policies.apply([large], ALICE)
         assert len(world.policies.visible(ALICE, everyones=False)) == 2
 
 

@@ -58,7 +58,7 @@ def test_a_document_means_what_it_says() -> None:
     assert not rule.is_for_all
     (rule,) = policy.egress
     assert rule.traffic == (((17, 17), (53, 53)),)
-    assert policy.parts == 4 * 2 + 1
+    assert policy.parts == 4 * 2 + 1 + 3
 
 
 @pytest.mark.parametrize(("spec", "ingress", "egress"), [
