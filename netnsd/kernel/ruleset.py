@@ -95,27 +95,53 @@ table ip netnsd {
     iifname @uplinks oifname @uplinks drop
   }
   chain from_environment {
-    ct direction reply ct state established,related accept
+    ct direction reply ct state established goto answering
+    ct direction reply ct state related accept
     oifname != "%(bridge)s*" goto to_outside
     ct state invalid drop
     ip saddr . ip daddr . meta l4proto . th dport @allowed accept
     goto refused
   }
+  # An answer goes where the question may come from still: who has asked once must not be told for ever, as UDP is.
+  chain answering {
+    oifname "%(bridge)s*" ip daddr . ip saddr . meta l4proto . th sport @allowed accept
+    oifname "%(bridge)s*" goto refused
+    ip saddr @lans ip saddr . meta l4proto . th sport @declared goto answering_outside
+    goto refused
+  }
+  chain answering_outside {
+    ip saddr != @shielded accept
+    ip daddr . ip saddr . meta l4proto . th sport @allowed accept
+    goto refused
+  }
   chain to_outside {
-    ip saddr @confined ip saddr . ip daddr . meta l4proto . th dport != @allowed goto refused
+    ip saddr @confined goto confinement
+    goto leaving
+  }
+  # Not "... != @allowed": what is too short to have ports is in no set, and not outside of one either.
+  chain confinement {
+    ip saddr . ip daddr . meta l4proto . th dport @allowed goto leaving
+    goto refused
+  }
+  chain leaving {
     ct state established,related accept
     ct state invalid drop
     tcp flags syn tcp option maxseg size set rt mtu
     accept
   }
-  # A reset is told at once; the kernel sends a peer about one ICMP error a second (net.ipv4.icmp_ratelimit).
+  # A reset is told at once; the kernel sends a peer about one ICMP error a second (net.ipv4.icmp_ratelimit). Not what
+  # is connected: where elements of allowed are replaced, none of them is found from when the kernel begins the new
+  # generation until the end of its commit (nf_tables_commit in net/netfilter/nf_tables_api.c). TCP sends again.
   chain refused {
+    ct state established drop
     meta l4proto tcp reject with tcp reset
     reject with icmp type admin-prohibited
   }
   chain from_outside {
     ct direction reply ct state established,related accept
     ct status dnat ip daddr @lans ip daddr . meta l4proto . th dport @declared goto offering
+    # What says that an answer was too large, too: without, large ones would end at the first narrow link.
+    ct state related ct status dnat ip daddr @lans icmp type { destination-unreachable, time-exceeded } accept
     drop
   }
   chain offering {
