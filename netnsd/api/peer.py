@@ -24,6 +24,8 @@ _KNOWN_SECONDS = 30.0
 _MOST_KNOWN = 4096
 # A name service that hangs holds up those who ask with a token, and nobody else's threads.
 _LOGINS = trio.CapacityLimiter(8)
+# Who is not waited for any more has his thread until the name service answers: all else must not wait for that.
+_LOOK_UPS = trio.CapacityLimiter(8)
 
 K = TypeVar("K")
 V = TypeVar("V")
@@ -65,7 +67,7 @@ async def members(kind: str, name: str) -> tuple[int, ...] | None:
 
     None where there is no such user or group. See ``core.actor.Members``.
     """
-    return await trio.to_thread.run_sync(_members, kind, name, abandon_on_cancel=True)
+    return await trio.to_thread.run_sync(_members, kind, name, abandon_on_cancel=True, limiter=_LOOK_UPS)
 
 
 def _members(kind: str, name: str) -> tuple[int, ...] | None:

@@ -396,5 +396,7 @@ class Environments:
 
     async def check(self) -> bool:
         """See ``caretaker.Caretaker`` and ``sharing.Sharing``."""
-        await self._sharing.follow()
-        return await self.caretaker.check()
+        try:
+            return await self.caretaker.check()
+        finally:  # it asks the name service, for which what is broken must not wait
+            await self._sharing.follow()

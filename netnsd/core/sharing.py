@@ -18,6 +18,8 @@ from netnsd.core.specification import MAX_GUESTS, named_guests
 from netnsd.errors import InvalidRequest, NetnsdError
 
 _LOOK_UP_SECONDS = 5.0
+# Ids by kind and name, None where there is no such user or group; what is missing is not known.
+_Answers = dict[tuple[str, str], tuple[int, ...] | None]
 
 
 class Sharing:
@@ -52,15 +54,20 @@ class Sharing:
 
     async def recall(self, environments: Iterable[Environment]) -> None:
         """Find guests of an earlier run of the daemon. Who cannot be found now is none, until a check finds him."""
-        for environment in environments:
-            environment.guests = await self._found(environment)
+        shared = [environment for environment in environments if named_guests(environment.share)]
+        answers = await self._answers(shared)
+        for environment in shared:
+            environment.guests = self._found(environment, answers) or ()
 
     async def follow(self) -> None:
         """Let in who has become a guest since, and out who is none any more."""
+        answers = await self._answers(self._registry.all())
         for environment in self._registry.all():
             if not named_guests(environment.share):
                 continue
-            guests = await self._found(environment)
+            guests = self._found(environment, answers)
+            if guests is None:  # nobody knows: who was let in is still
+                continue
             if guests != environment.guests and environment.state == "ready" and environment in self._registry:
                 before, environment.guests = environment.guests, guests
                 try:
@@ -69,11 +76,29 @@ class Sharing:
                     environment.guests = before
                     self._particulars.tell("share_failed", environment, reason=error.message)
 
-    async def _found(self, environment: Environment) -> tuple[int, ...]:
+    async def _answers(self, environments: Iterable[Environment]) -> _Answers:
+        """What the name service says of each name, asked once. It may hang: after one that it leaves, none is asked."""
+        answers: _Answers = {}
+        for kind, name in dict.fromkeys(one for e in environments for one in named_guests(e.share)):
+            with trio.move_on_after(_LOOK_UP_SECONDS) as deadline:
+                answers[kind, name] = await self._members(kind, name)
+            if deadline.cancelled_caught:
+                break
+        return answers
+
+    def _found(self, environment: Environment, answers: _Answers) -> tuple[int, ...] | None:
+        """Its guests; None where that is not known."""
         guests: set[int] = set()
         for kind, name in named_guests(environment.share):
-            try:
-                guests.update(await self.guests(f"{kind}:{name}"))
-            except InvalidRequest as error:
-                self._particulars.tell("share_failed", environment, reason=error.message)
-        return tuple(sorted(guests))
+            if (kind, name) not in answers:
+                self._particulars.tell("share_failed", environment,
+                                       reason=f"nobody said in time who {kind} {name!r} is")
+                return None
+            members = answers[kind, name]
+            if members is None or len(guests.union(members)) > MAX_GUESTS:
+                self._particulars.tell("share_failed", environment, reason=(
+                    f"there is no {kind} {name!r}" if members is None
+                    else f"with {kind} {name!r} there are more than {MAX_GUESTS} users"))
+                continue
+            guests.update(members)
+        return tuple(sorted(guests - {0}))

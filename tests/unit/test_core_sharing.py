@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import threading
 from pathlib import Path
 
 import msgspec
 import pytest
+import trio
+import trio.testing
 
 from netnsd import wire
+from netnsd.api import peer
 from netnsd.core.environment import Environment
 from netnsd.core.environments import Environments
 from netnsd.core.interfaces import Opening
@@ -134,3 +138,49 @@ async def test_a_restart_finds_the_guests_again(world: World) -> None:
     async with world.running() as environments:
         [web] = environments.registry.all()
         assert held(world, web).guests == (1002, 1020)
+
+
+async def test_a_name_service_that_hangs_keeps_nothing_else_waiting(
+        world: World, monkeypatch: pytest.MonkeyPatch, autojump_clock: trio.testing.MockClock) -> None:
+    """One name's time is lost in all, whatever waits for a check has it before, and nobody is cut for it."""
+    async with world.running() as environments:
+        webs = []
+        for number in range(20):
+            world.groups[f"g{number}"] = (1002, 1100 + number)
+            webs.append(await environments.create(msgspec.structs.replace(
+                request(f"web-{number}", "server"), share=f"user:bob,group:g{number}"), ALICE))
+        order: list[tuple[str, float]] = []
+        begun = trio.current_time()
+
+        async def hang(_kind: str, _name: str) -> None:
+            order.append(("asked", trio.current_time() - begun))
+            await trio.sleep_forever()
+
+        async def look() -> bool:
+            order.append(("checked", trio.current_time() - begun))
+            return False
+
+        monkeypatch.setattr(environments._sharing, "_members", hang)
+        monkeypatch.setattr(environments.caretaker, "check", look)
+        await environments.check()
+        assert [what for what, _ in order] == ["checked", "asked"]
+        assert trio.current_time() - begun == 5.0
+        assert [web.guests for web in webs] == [(1002, 1100 + number) for number in range(20)]
+        assert held(world, webs[0]).guests == (1002, 1100)
+        await environments._sharing.recall(webs)
+        assert {web.guests for web in webs} == {()}
+
+
+async def test_look_ups_that_hang_leave_threads_to_all_else(monkeypatch: pytest.MonkeyPatch) -> None:
+    hung = threading.Event()
+    monkeypatch.setattr(peer.grp, "getgrnam", lambda _name: hung.wait(20))
+    try:
+        async with trio.open_nursery() as nursery:
+            for number in range(50):  # more than trio has threads by default
+                nursery.start_soon(peer.members, "group", f"g{number}")
+            await trio.sleep(0.05)
+            with trio.fail_after(5):
+                assert await trio.to_thread.run_sync(lambda: "served") == "served"
+            nursery.cancel_scope.cancel()
+    finally:
+        hung.set()
