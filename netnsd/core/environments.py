@@ -154,6 +154,7 @@ class Environments:
         existing = self.registry.own(actor, blueprint.name) if request.replace else None
         if existing is not None:  # it stays where nothing could come in its place
             self.registry.quotas.require(actor.uid, blueprint.resources, len(blueprint.ports), instead_of=existing)
+            self.registry.require_guests(actor.uid, blueprint.guests, existing)
         await self.make_way(request, actor)
         slot = self.pool.take()
         if slot is not None:
@@ -320,6 +321,7 @@ class Environments:
         specification.check_labels({name: value or "" for name, value in request.labels.items()})  # those to go, too
         guests = environment.guests if request.share is None else await self._sharing.guests(share)
         async with self._ready(environment):
+            self.registry.require_guests(environment.uid, guests, environment)
             before = replace(environment)
             labels = specification.check_labels(specification.merged(environment.labels, request.labels))
             self.registry.change(environment, labels=labels, share=share, egress=egress, guests=guests)

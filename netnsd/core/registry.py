@@ -20,11 +20,13 @@ from netnsd.core.environment import Environment, PublishedPort, Service
 from netnsd.core.interfaces import Clock, Store
 from netnsd.core.pool import PoolSettings
 from netnsd.core.quotas import Quotas
-from netnsd.errors import NameTaken, NetnsTaken, NotFound
+from netnsd.errors import InvalidRequest, NameTaken, NetnsTaken, NotFound
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
 
+# Each is an element, and a check lists all of them: 40 000 take a second, in which nothing can be wired.
+MOST_GUESTS = 8192
 _USER_IN_NETNS = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.@-]{0,62}\Z")
 
 
@@ -162,9 +164,11 @@ class Registry:
     def reserve(self, blueprint: Blueprint, actor: Actor, slot: Slot) -> Environment:
         """Take a name and ports, and write the intent for ``slot``, which is the caller's. All or nothing.
 
-        Raises QuotaExceeded, TooManyCreations, NameTaken, NetnsTaken, PortTaken, PortsExhausted, StoreError.
+        Raises QuotaExceeded, TooManyCreations, InvalidRequest, NameTaken, NetnsTaken, PortTaken, PortsExhausted,
+        StoreError.
         """
         self.quotas.require(actor.uid, blueprint.resources, len(blueprint.ports))
+        self.require_guests(actor.uid, blueprint.guests)
         netns = self.free_netns(blueprint.name, actor.uid, actor.user)
         environment_id = str(uuid.uuid4())
         ports: dict[int, PublishedPort] = {}  # by their place in the request
@@ -189,6 +193,18 @@ class Registry:
         self._know(environment)
         self.quotas.take(environment)
         return environment
+
+    def require_guests(self, uid: int, guests: Sequence[int], instead_of: Environment | None = None) -> None:
+        """Raise InvalidRequest where a user's environments had more guests together than the host keeps of one user.
+
+        ``instead_of``: that one has these, in place of its own.
+        """
+        if not guests:
+            return
+        count = len(guests) + sum(len(e.guests) for e in self._by_id.values() if e.uid == uid and e is not instead_of)
+        if count > MOST_GUESTS:
+            raise InvalidRequest(f"share: your environments would have {count} guests, more than {MOST_GUESTS}",
+                                 hint="Share with smaller groups, or with host.")
 
     def change(self, environment: Environment, *, labels: dict[str, str], share: str, egress: str,
                guests: tuple[int, ...]) -> None:

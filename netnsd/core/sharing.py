@@ -101,4 +101,10 @@ class Sharing:
                     else f"with {kind} {name!r} there are more than {MAX_GUESTS} users"))
                 continue
             guests.update(members)
-        return tuple(sorted(guests - {0}))
+        found = tuple(sorted(guests - {0}))
+        try:
+            self._registry.require_guests(environment.uid, found, environment)
+        except InvalidRequest as error:
+            self._particulars.tell("share_failed", environment, reason=error.message)
+            return ()
+        return found

@@ -153,9 +153,10 @@ class Templates:
         _check_bare(request)
         labels = specification.check_labels({**template.specification.labels, **request.labels})
         name = specification.name_of(request)
-        await self._environments.make_way(request, actor)
-        # For a name that cannot be had none is taken from the stock: another would be started meanwhile.
-        self._environments.registry.free_netns(name, actor.uid, actor.user)
+        if any(_is_good(environment) for environment in self._stocks[template.id].ready):
+            await self._environments.make_way(request, actor)
+            # For a name that cannot be had none is taken from the stock: another would be started meanwhile.
+            self._environments.registry.free_netns(name, actor.uid, actor.user)
         while (environment := self._take(template)) is not None:
             try:
                 return await self._environments.hand_over(environment, name, labels, mark)

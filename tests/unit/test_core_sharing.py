@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import grp
 import threading
 from pathlib import Path
 
@@ -12,6 +13,7 @@ import trio.testing
 
 from netnsd import wire
 from netnsd.api import peer
+from netnsd.core import registry
 from netnsd.core.environment import Environment
 from netnsd.core.environments import Environments
 from netnsd.core.interfaces import Opening
@@ -173,7 +175,7 @@ async def test_a_name_service_that_hangs_keeps_nothing_else_waiting(
 
 async def test_look_ups_that_hang_leave_threads_to_all_else(monkeypatch: pytest.MonkeyPatch) -> None:
     hung = threading.Event()
-    monkeypatch.setattr(peer.grp, "getgrnam", lambda _name: hung.wait(20))
+    monkeypatch.setattr(grp, "getgrnam", lambda _name: hung.wait(20))
     try:
         async with trio.open_nursery() as nursery:
             for number in range(50):  # more than trio has threads by default
@@ -184,3 +186,28 @@ async def test_look_ups_that_hang_leave_threads_to_all_else(monkeypatch: pytest.
             nursery.cancel_scope.cancel()
     finally:
         hung.set()
+
+
+async def test_guests_of_all_of_a_users_environments_are_bounded(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each check lists all of them, while nothing can be made."""
+    monkeypatch.setattr(registry, "MOST_GUESTS", 4)
+    world.groups["many"] = (1010, 1011, 1012)
+    async with world.running() as environments:
+        webs = [await environments.create(msgspec.structs.replace(SHARED, name=name), ALICE) for name in ("a", "b")]
+        with pytest.raises(InvalidRequest, match="6 guests, more than 4"):
+            await environments.create(msgspec.structs.replace(SHARED, name="c"), ALICE)
+        await environments.create(msgspec.structs.replace(SHARED, name="c"), BOB)
+        with pytest.raises(InvalidRequest, match="more than 4"):
+            await environments.create(
+                msgspec.structs.replace(SHARED, name="a", share="group:many", replace=True), ALICE)
+        assert webs[0] in environments.registry
+        world.groups["shop"] = (1002, 1009, 1010)
+        with pytest.raises(InvalidRequest, match="more than 4"):
+            await environments.change(webs[0], wire.ChangeRequest(share="group:shop"))
+        await environments.change(webs[0], wire.ChangeRequest(share="user:bob"))
+        await environments.check()
+        assert [len(held(world, web).guests) for web in webs] == [1, 3]
+        world.groups["shop"] = (1002, 1009, 1010, 1011)
+        await environments.check()
+        assert [len(held(world, web).guests) for web in webs] == [1, 0]
+        assert [web.guests for web in webs] == [(1002,), ()]
