@@ -196,7 +196,8 @@ async def test_what_nothing_can_come_in_place_of_stays(tmp_path: Path, limits: d
         assert first.state == "ready"
         await world.templates.add(wire.TemplateRequest(
             name="large", warm=0, specification=wire.Specification(
-                resources=wire.Resources(memory=60 * MIB), ports=[wire.PortRequest(port=1), wire.PortRequest(port=2)])), ALICE)
+                resources=wire.Resources(memory=60 * MIB),
+                ports=[wire.PortRequest(port=1), wire.PortRequest(port=2)])), ALICE)
         with pytest.raises((QuotaExceeded, TooManyCreations)):
             await world.templates.create(wire.CreateRequest(name="web", template="large", replace=True), ALICE)
         assert environments.registry.find("web", ALICE) is first
