@@ -305,11 +305,12 @@ class SqliteStore:
         with _translated():
             self._db.execute("DELETE FROM tokens WHERE id = ?", (token_id,))
 
-    def policies(self) -> list[tuple[int, str, dict[str, Any], str]]:
+    def policies(self) -> list[Policy]:
         """See ``core.interfaces.Store``."""
-        with _translated():
-            return [(row["uid"], row["user"], json.loads(row["document"]), row["created_at"])
-                    for row in self._db.execute("SELECT * FROM policies ORDER BY uid, name")]
+        with _translated(), _decoded("policies"):
+            return recorded.policies([
+                (row["uid"], row["user"], row["name"], json.loads(row["document"]), row["created_at"])
+                for row in self._db.execute("SELECT * FROM policies ORDER BY uid, name")])
 
     def set_policy(self, policy: Policy) -> None:
         """See ``core.interfaces.Store``."""

@@ -9,20 +9,25 @@ from __future__ import annotations
 from typing import Any
 
 from netnsd import wire
+from netnsd.api import policy_schema
 from netnsd.api.routes import MOST_SEQ, MOST_TAIL, MOST_WAIT_SECONDS
 from netnsd.core import quotas
 from netnsd.core import specification as spec
+from netnsd.core.once import MOST_CHARACTERS
 from netnsd.core.pool import MOST_SLOTS
 from netnsd.core.templates import MOST_WARM
 from netnsd.core.tokens import MOST_SECONDS
 
 NAME = {"pattern": "^[a-z0-9]([a-z0-9-]{0,61}[a-z0-9])?$"}
-_KEY = "[A-Za-z0-9]([A-Za-z0-9._/-]{0,126}[A-Za-z0-9])?"
-_VALUE = f"[^{spec.UNPRINTABLE}]{{0,256}}"
+_KEY, _VALUE = policy_schema.LABEL_KEY, policy_schema.LABEL_VALUE
 _PART = {"type": "string", "pattern": f"^{_VALUE.replace('{0,', '{1,')}$"}
 LABEL = {"pattern": f"^{_KEY}={_VALUE}$"}
 # Of an environment or a template: NAME, NAME.USER or an id, which has the shape of a name.
-REF = {"pattern": r"^[a-z0-9]([a-z0-9-]{0,61}[a-z0-9])?(\.[^/\u0000-\u0020%?#.]{1,32})?$"}
+_OF_USER = r"(\.[^/\u0000-\u0020%?#.]{1,32})?"
+REF = {"pattern": f"^[a-z0-9]([a-z0-9-]{{0,61}}[a-z0-9])?{_OF_USER}$"}
+POLICY_REF = {"pattern": f"^{policy_schema.NAME}{_OF_USER}$"}
+# An Idempotency-Key, with or without quotes.
+KEY = {"type": "string", "maxLength": MOST_CHARACTERS, "pattern": "^[!-~]([ -~]*[!-~])?$", "not": {"const": '""'}}
 _FLAG = {"type": "string", "enum": ["0", "1"]}
 QUERY: dict[str, dict[str, Any]] = {
     "all": _FLAG, "everything": _FLAG, "wait": _FLAG, "follow": _FLAG,
@@ -65,6 +70,7 @@ FIELDS: dict[str, dict[str, dict[str, Any]]] = {
     "HealthCheck": {"tcp": _PORT, "port": _PORT, "command": _COMMAND, "http": {"pattern": "^/[!-~]{0,1023}$"},
                     **{name: _between(*bounds) for name, bounds in spec.HEALTH_RANGES.items()}},
     "Resources": {name: _between(least, most) for name, (least, most, _) in spec.RESOURCES.items()},
+    "PolicyRequest": {"policies": policy_schema.DOCUMENTS},
     "QuotaRequest": {name: _between(0, quotas.MOST) for name in quotas.LIMITS},
     "ServiceRequest": {"name": NAME, "command": _COMMAND, "env": _VARIABLES, "cwd": _DIRECTORY},
     "Specification": _SPECIFICATION,
@@ -85,6 +91,11 @@ EXAMPLES: dict[Any, dict[str, Any]] = {
                          "labels": {"team": "shop"}, "health": {"tcp": 3000}, "restart": "on-failure"},
     wire.TemplateRequest: {"name": "shop", "warm": 1, "specification": {
         "services": [{"name": "db", "command": ["sleep", "1000"]}]}},
+    wire.PolicyRequest: {"policies": [{
+        "apiVersion": "networking.k8s.io/v1", "kind": "NetworkPolicy", "metadata": {"name": "from-shop"},
+        "spec": {"podSelector": {"matchLabels": {"team": "shop"}}, "ingress": [{
+            "from": [{"podSelector": {}}, {"ipBlock": {"cidr": "10.1.0.0/16", "except": ["10.1.2.0/24"]}}],
+            "ports": [{"port": 3000}, {"protocol": "UDP", "port": 4000, "endPort": 4100}]}]}}]},
     wire.PoolRequest: {"size": 2},
     wire.StopRequest: {"grace_seconds": 1.5},
 }
@@ -120,6 +131,7 @@ def apply(components: dict[str, Any], published: tuple[int, int]) -> None:
             for branch in schema.get("anyOf", [schema]):  # null beside it
                 if branch.get("type") != "null":
                     branch.update(constraint)
+    components.update(policy_schema.COMPONENTS)
     for kind, rules in RULES.items():
         components[kind]["allOf"] = list(rules)
     # A template has all of it, but for labels.

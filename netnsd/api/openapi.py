@@ -13,7 +13,6 @@ import msgspec
 from netnsd import __version__, errors, wire
 from netnsd.api import constraints, problems
 from netnsd.api.routes import ROUTES, Route
-from netnsd.core.once import MOST_CHARACTERS
 
 _REFS = "#/components/schemas/{name}"
 _IN_PATHS: dict[str, tuple[str, dict[str, Any]]] = {
@@ -109,6 +108,13 @@ def _answers(route: Route) -> tuple[Any, ...]:
     return (route.answer,) if route.answer else ()
 
 
+def _in_path(route: Route) -> list[tuple[str, str, dict[str, Any]]]:
+    """What its path has: name, meaning, schema."""
+    if route.path.startswith("/v1/policies/"):  # whose names have dots
+        return [("ref", "a name, or NAME.USER", constraints.POLICY_REF)]
+    return [(name, *known) for name, known in _IN_PATHS.items() if f"{{{name}}}" in route.path]
+
+
 def _operation(route: Route, by_type: dict[Any, Any]) -> dict[str, Any]:
     schemas = [by_type[answer] for answer in _answers(route)]
     content: dict[str, Any] = {route.content_type: {
@@ -120,11 +126,11 @@ def _operation(route: Route, by_type: dict[Any, Any]) -> dict[str, Any]:
         "description": f"Permission: {route.permission.value}. Scope of a token: {route.scope}.",
         "parameters": [
             *({"name": name, "in": "path", "required": True, "schema": {"type": "string", **schema},
-               "description": meaning} for name, (meaning, schema) in _IN_PATHS.items() if f"{{{name}}}" in route.path),
+               "description": meaning} for name, meaning, schema in _in_path(route)),
             *({"name": name, "in": "query", "required": False, "description": meaning,
                "schema": constraints.QUERY.get(name, {"type": "string"})} for name, meaning in route.query.items()),
             *({"name": "Idempotency-Key", "in": "header", "required": False,
-               "schema": {"type": "string", "maxLength": MOST_CHARACTERS, "pattern": "^[!-~]([ -~]*[!-~])?$"},
+               "schema": constraints.KEY,
                "description": "the same key and body again: what the first made"} for _ in range(route.is_keyed)),
         ],
         "responses": {**{status: {"description": meaning, "headers": _VERSION, "content": content, **_links(route)}

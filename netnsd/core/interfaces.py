@@ -416,8 +416,8 @@ class Store(Protocol):
         """Forget it, and those that were made with it."""
         ...
 
-    def policies(self) -> list[tuple[int, str, dict[str, Any], str]]:
-        """All of them: user's id and name, document, and when it was applied."""
+    def policies(self) -> list[Policy]:
+        """All of them, as they can be: see ``core.recorded``."""
         ...
 
     def set_policy(self, policy: Policy) -> None:

@@ -20,9 +20,8 @@ from netnsd.core.environment import Environment
 from netnsd.core.interfaces import Adapters, Emit
 from netnsd.core.judgement import Judgement, Span
 from netnsd.core.policy import Policy, concerning
-from netnsd.core.policy_documents import policy_of
 from netnsd.core.registry import Registry
-from netnsd.errors import InvalidPolicy, NetnsdError, PoliciesExhausted, StoreError
+from netnsd.errors import NetnsdError, PoliciesExhausted, StoreError
 
 Key = tuple[int, str]  # of a policy: its user's id, its name
 MOST_POLICIES = 64  # of one user
@@ -72,18 +71,12 @@ class Policing:
         task_status.started()
         await self._changes.run()
 
-    async def begin(self) -> None:
-        """At the daemon's start: judge what the state file knows, whatever the kernel holds.
+    def load(self) -> None:
+        """Read what the state file knows. Raises StoreError."""
+        self.policies = {(policy.uid, policy.name): policy for policy in self._store.policies()}
 
-        Raises StoreError, KernelError.
-        """
-        try:
-            self.policies = {(uid, policy.name): policy
-                             for uid, user, document, created_at in self._store.policies()
-                             for policy in (policy_of(document, uid, user, created_at),)}
-        except InvalidPolicy as error:
-            raise StoreError(f"the state file has a policy that means nothing: {error.message}",
-                             hint="Remove it from the table policies, or restore the file.") from error
+    async def begin(self) -> None:
+        """At the daemon's start: judge what was read, whatever the kernel holds. Raises KernelError."""
         await self._ask(_Change())
 
     def expect(self, environment: Environment) -> bool:

@@ -22,7 +22,7 @@ API_VERSION, KIND = "networking.k8s.io/v1", "NetworkPolicy"
 MOST_DOCUMENTS = 256
 # A DNS subdomain, as every object's name: k8s.io/apimachinery pkg/util/validation.
 _NAME = re.compile(r"[a-z0-9]([a-z0-9-]*[a-z0-9])?(\.[a-z0-9]([a-z0-9-]*[a-z0-9])?)*\Z")
-_NAME_CHARACTERS = 253
+NAME_CHARACTERS = 253
 _CIDR = re.compile(r"[0-9.]+/[0-9]{1,2}\Z")
 _LISTS = {"List": "v1", "NetworkPolicyList": API_VERSION}
 
@@ -33,16 +33,16 @@ def documents_of(given: Sequence[Any]) -> list[dict[str, Any]]:
     for number, one in enumerate(given):
         place = _Place(f"document {number + 1}")
         tree = place.mapping(one)
-        if tree.get("kind") not in _LISTS:
+        kind = tree.get("kind")
+        if not isinstance(kind, str) or kind not in _LISTS:
             found.append(tree)
             continue
-        kind = tree["kind"]
         place.known(tree, {"apiVersion", "kind", "metadata", "items"})
         if tree.get("apiVersion") != _LISTS[kind]:
             place.at("apiVersion").wrong(f"is not {_LISTS[kind]}")
         metadata = place.at("metadata").mapping(_given(tree, "metadata", {}))
         place.at("metadata").known(metadata, {"resourceVersion"})  # kubectl writes an empty one
-        if metadata.get("resourceVersion"):
+        if metadata.get("resourceVersion") not in (None, ""):
             place.at("metadata.resourceVersion").wrong("is the cluster's: leave it out")
         for _, item in place.items(tree, "items"):
             typed = {"apiVersion": API_VERSION, "kind": KIND} if kind != "List" and isinstance(item, dict) else {}
@@ -58,7 +58,7 @@ def name_and_namespace(document: Any) -> tuple[str, str | None]:
     tree = place.mapping(document)
     metadata = place.at("metadata").mapping(_given(tree, "metadata", {}))
     name = metadata.get("name")
-    if not isinstance(name, str) or len(name) > _NAME_CHARACTERS or not _NAME.match(name):
+    if not isinstance(name, str) or len(name) > NAME_CHARACTERS or not _NAME.match(name):
         place.at("metadata.name").wrong("is not a name: a-z, 0-9, '-' and '.', with a letter or digit at both ends")
     namespace = metadata.get("namespace")
     if namespace is not None and not isinstance(namespace, str):

@@ -11,11 +11,13 @@ import ipaddress
 import re
 from collections import Counter
 from collections.abc import Hashable, Iterable
-from typing import get_args
+from typing import Any, get_args
 
 from netnsd import wire
 from netnsd.core import specification
 from netnsd.core.environment import Command, Environment, PublishedPort, Quota, Service, StoredState, Template, Token
+from netnsd.core.policy import Policy
+from netnsd.core.policy_documents import policy_of
 from netnsd.core.quotas import LIMITS, MOST
 from netnsd.errors import NetnsdError, StoreError
 
@@ -24,6 +26,7 @@ HINT = ("Nothing was changed. Put a copy of it back, or move it away: environmen
 
 _ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9-]{0,63}\Z")
 _NETNS = re.compile(r"[a-z0-9][A-Za-z0-9_.@-]{0,126}\Z")  # a name, or name and user: see Registry
+_MARK = re.compile(r"([0-9a-f]{32}:[0-9a-f]{32})?\Z")  # see once.Mark
 _MOST_PID = 4194304  # PID_MAX_LIMIT, linux/threads.h
 _HASH_BYTES = 32  # SHA-256
 _MOST_ID = 2**32 - 2  # (uid_t)-1 means "unchanged" to setresuid(2)
@@ -97,6 +100,25 @@ def quotas(found: list[Quota]) -> list[Quota]:
     return found
 
 
+def policies(found: Iterable[tuple[int, str, str, Any, str]]) -> list[Policy]:
+    """What these mean, where they can be: user's id and name, the policy's name, its document, when it was applied.
+
+    One that means nothing would let what it forbade. Raises StoreError.
+    """
+    policies: list[Policy] = []
+    for uid, user, name, document, created_at in found:
+        try:
+            _id(uid)
+            _text("user", user)
+            _text("created_at", created_at)
+            policies.append(policy_of(document, uid, user, created_at))
+            _require(policies[-1].name == name, "name")
+        except NetnsdError as error:
+            raise refuse(f"policy {name!r} of {user!r}", error.message) from error
+    _require_unique("owner and name", [(p.uid, p.name) for p in policies])
+    return policies
+
+
 def refuse(what: str, why: object) -> StoreError:
     """The error for something in the state file that cannot be."""
     return StoreError(f"the state file is damaged: {what[:200]}: {str(why)[:300]}", hint=HINT)
@@ -107,6 +129,7 @@ def _environment(e: Environment) -> None:
     _require(isinstance(e.netns, str) and _NETNS.match(e.netns) is not None, "netns")
     for name in ("name", "user", "share", "egress", "created_at", "boot_id", "stock"):
         _text(name, getattr(e, name))
+    _require(isinstance(e.request, str) and _MARK.match(e.request) is not None, "request")
     specification.check_name(e.name)
     _id(e.uid)
     _require(e.state in get_args(StoredState), "state")

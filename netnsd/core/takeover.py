@@ -52,6 +52,7 @@ class Takeover:
         Raises KernelError, StoreError, and ConfigError, with nothing changed, where the addresses are other ones now.
         """
         self._registry.quotas.load()
+        self._policing.load()
         desired = self._a.store.environments()
         await self._require_addresses(desired)
         for environment in desired:

@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from tests.bench.programs import AGENT_ENVIRONMENT
-from tests.harness import ALICE, CAROL, Daemon, HostNamespace, User
+from tests.harness import ALICE, BOB, CAROL, Daemon, HostNamespace, User
 from tests.soak import samples
 from tests.soak.figures import Row
 from tests.soak.samples import Sample
@@ -69,13 +69,17 @@ class Campaign:
     differences: list[Any] = field(default_factory=list)
     seen: list[Sample] = field(default_factory=list)
 
-    def run(self, seconds: float, seed: int) -> None:
-        """As many rounds as there is time for, at least one of each user over each listener."""
+    def run(self, seconds: float, seed: int, least: int = 1) -> None:
+        """As many rounds as there is time for: one of each user over each listener, and ``least`` requests over each.
+
+        On a machine that is busy with other things that takes longer.
+        """
         deadline = time.monotonic() + seconds
         pairs = [(listener, user) for listener in LISTENERS for user in USERS]
         length = min(seconds / len(pairs), _ROUND_SECONDS)
         number = 0
-        while number < len(pairs) or time.monotonic() + length <= deadline:
+        while (number < len(pairs) or time.monotonic() + length <= deadline
+               or min(counts.total() for counts in self.answers.values()) < least):
             self._round(*pairs[number % len(pairs)], length, seed + number)
             number += 1
         assert self.daemon.process is not None
@@ -108,10 +112,13 @@ class Campaign:
 
     def _clear(self, user: User) -> None:
         """Remove all that the user made."""
-        for token in self.daemon.ctl_json("token", "ls", user=user):
-            self.daemon.ctl("token", "revoke", token["id"], user=user)
-        for template in self.daemon.ctl_json("template", "ls", user=user):
-            self.daemon.ctl("template", "rm", template["name"], user=user, check=True)
+        if tokens := [token["id"] for token in self.daemon.ctl_json("token", "ls", user=user)]:
+            self.daemon.ctl("token", "revoke", *tokens, user=user)  # some go with what they were made with
+        for kind in ("template", "policy"):
+            if names := [one["name"] for one in self.daemon.ctl_json(kind, "ls", user=user)]:
+                self.daemon.ctl(kind, "rm", *names, user=user, check=True)
+        if user is CAROL:
+            self.daemon.ctl("quota", "reset", str(BOB), user=user, check=True)
         self.daemon.ctl("rm", "--all", "--yes", user=user, check=True, timeout=60)
 
 

@@ -78,7 +78,7 @@ async def test_all_are_applied_or_none(world: World) -> None:
             assert world.store.policies() == []
             assert world.firewall.judgement == Judgement()
         await world.policies.apply([ALL, SHUT], ALICE)
-        assert [(user, one) for _, user, one, _ in world.store.policies()] == [("alice", ALL), ("alice", SHUT)]
+        assert [(p.user, p.document) for p in world.store.policies()] == [("alice", ALL), ("alice", SHUT)]
 
 
 async def test_one_of_the_same_name_takes_the_place_of_the_other(world: World) -> None:
@@ -88,7 +88,7 @@ async def test_one_of_the_same_name_takes_the_place_of_the_other(world: World) -
         nobody = document("all", {"policyTypes": ["Egress"]})
         await world.policies.apply([nobody], ALICE)
         assert world.firewall.judgement == Judgement(confined=frozenset({address(web)}))
-        assert [one for _, _, one, _ in world.store.policies()] == [nobody]
+        assert [p.document for p in world.store.policies()] == [nobody]
 
 
 @pytest.mark.parametrize("kind", [KernelError, RuntimeError])
@@ -100,7 +100,7 @@ async def test_what_the_kernel_refuses_changes_nothing(
     async with world.running() as environments:
         web = await environments.create(request("web"), ALICE)
         await world.policies.apply([ALL], ALICE)
-        kept, judged = world.store.policies(), world.firewall.judgement
+        kept, judged = [p.document for p in world.store.policies()], world.firewall.judgement
         for change in (lambda: world.policies.apply([SHUT, document("all", {})], ALICE),
                        lambda: world.policies.remove("all", ALICE)):
             with world.faults.recording() as steps:
@@ -114,7 +114,7 @@ async def test_what_the_kernel_refuses_changes_nothing(
                 with world.faults.recording() as steps:
                     await environments.policing.follow(web)
                 assert "firewall.judge" in steps
-            assert world.store.policies() == kept
+            assert [p.document for p in world.store.policies()] == kept
             assert world.firewall.judgement == judged
             assert [p.name for p in world.policies.visible(ALICE, everyones=False)] == ["all"]
     async with world.running():
@@ -518,13 +518,14 @@ async def test_a_start_with_more_than_may_be_closes_whose_it_is(world: World, mo
         assert world.firewall.judgement.passages
 
 
-async def test_a_state_file_with_what_is_no_policy_is_refused(world: World) -> None:
+async def test_a_state_file_with_what_is_no_policy_is_refused_before_anything_is_done(world: World) -> None:
     async with world.running():
         await world.policies.apply([ALL], ALICE)
         world.store._db.execute("UPDATE policies SET document = '{}'")
-    with pytest.raises((StoreError, ExceptionGroup)) as caught:
+    with world.faults.recording() as steps, pytest.raises((StoreError, ExceptionGroup)) as caught:
         async with world.running():
             pass
+    assert [step for step in steps if not step.startswith("store.")] == []
     assert caught.group_contains(StoreError, depth=None) if isinstance(caught.value, ExceptionGroup) else True
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import json
 import re
 import shutil
 import sqlite3
@@ -20,6 +21,7 @@ from hypothesis import strategies as st
 from netnsd import wire
 from netnsd.core.addressing import Plan
 from netnsd.core.environment import Command, Environment, PublishedPort, Quota, Service, Template, Token
+from netnsd.core.policy_documents import policy_of
 from netnsd.errors import StoreError
 from netnsd.store import SqliteStore
 
@@ -30,7 +32,7 @@ ENVIRONMENTS = [
     Environment(
         id=f"5f0c7f1e-0000-4000-8000-00000000000{index}", name=f"web{index}", uid=1001, user="alice",
         slot=PLAN.slot(index), netns=f"web{index}.alice", labels={"team": "x"}, share="owner",
-        created_at="2030-01-01T00:00:00.000000Z", boot_id="boot", state="ready", resources=wire.Resources(pids=9),
+        created_at="2030-01-01T00:00:00.000000Z", boot_id="boot", state="ready", request=f"{index:032x}:{index:032x}", resources=wire.Resources(pids=9),
         ports=(PublishedPort(3000, "tcp", 20000 + index),),
         services={"main": Service("main", COMMAND, "running", 7, "launch", None, "always", CHECK, 1, 1, "healthy")})
     for index in range(3)]
@@ -38,6 +40,9 @@ TEMPLATE = Template("6e0c7f1e-0000-4000-8000-000000000001", "shop", 1001, "alice
                     wire.Specification(command=["x"]), "2030-01-01T00:00:00.000000Z")
 TOKEN = Token("0123456789ab", "ci", 1001, "alice", b"h" * 32, "write", None, "2030-01-01T00:00:00.000000Z",
               "2031-01-01T00:00:00.000000Z")
+POLICY = policy_of(
+    {"apiVersion": "networking.k8s.io/v1", "kind": "NetworkPolicy", "metadata": {"name": "closed"},
+     "spec": {"podSelector": {}, "ingress": [{"ports": [{"port": 80}]}]}}, 1001, "alice", "2030-01-01T00:00:00.000000Z")
 CHILD = Token("0123456789ac", "child", 1001, "alice", b"i" * 32, "read", TOKEN.id, "2030-01-01T00:00:00.000000Z", None)
 
 
@@ -48,6 +53,7 @@ def write(directory: Path) -> None:
         store.add_template(TEMPLATE)
         store.add_token(TOKEN)
         store.add_token(CHILD)
+        store.set_policy(POLICY)
         store.set_quota(Quota(1001, "alice", {"environments": 5, "cpu": 1.5, "memory": None}))
 
 
@@ -80,6 +86,7 @@ def read(directory: Path) -> tuple[list[Environment], list[Template]]:
     with closing(SqliteStore(directory, PLAN)) as store:
         assert all(token.scope in ("read", "write", "admin") and len(token.hash) == 32 for token in store.tokens())
         assert all(limit is None or limit >= 0 for quota in store.quotas() for limit in quota.said.values())
+        assert all(0 <= policy.uid < 2**32 - 1 and policy.name for policy in store.policies())
         return store.environments(), store.templates()
 
 
@@ -168,7 +175,8 @@ VALUES: list[Any] = [
     None, "creating", "owner"]
 COLUMNS = {
     "environments": ["id", "name", "uid", "user", "slot", "netns", "labels", "share", "state", "created_at", "boot_id",
-                     "stock", "resources", "egress"],
+                     "stock", "resources", "egress", "request"],
+    "policies": ["uid", "user", "name", "document", "created_at"],
     "ports": ["environment", "port", "protocol", "published", "listen"],
     "services": ["environment", "name", "command", "state", "pid", "launch_id", "exit_code", "restart", "health_check",
                  "restarts", "tries", "health"],
@@ -240,6 +248,16 @@ CANNOT_BE: dict[str, tuple[str, tuple[Any, ...]]] = {
     "a token of nobody's": ("UPDATE tokens SET uid = -1 WHERE rowid = 1", ()),
     "a time that never comes": ("UPDATE tokens SET expires_at = 'never' WHERE rowid = 1", ()),
     "a token twice": ("UPDATE tokens SET id = 'a'", ()),
+    "a policy that is none": ("UPDATE policies SET document = '[]'", ()),
+    "a policy of nothing": ("UPDATE policies SET document = 'null'", ()),
+    "a policy of something unknown": ("UPDATE policies SET document = replace(document, 'ports', 'port')", ()),
+    "a policy under another's name": ("UPDATE policies SET name = 'open'", ()),
+    "a policy of nobody's": ("UPDATE policies SET uid = -1", ()),
+    "a policy twice": ("INSERT INTO policies SELECT * FROM policies", ()),
+    "a policy nested without end": ("UPDATE policies SET document = ?", ("[" * 100_000,)),
+    "a request's mark that is none": ("UPDATE environments SET request = 'x' WHERE rowid = 1", ()),
+    "a request's mark of half": ("UPDATE environments SET request = substr(request, 1, 32) WHERE rowid = 1", ()),
+    "no request's mark": ("UPDATE environments SET request = NULL WHERE rowid = 1", ()),
     "a quota that bounds nothing": ("UPDATE quotas SET limits = '{\"environments\": \"many\"}'", ()),
     "a quota below nothing": ("UPDATE quotas SET limits = '{\"cpu\": -1}'", ()),
     "a quota without end": ("UPDATE quotas SET limits = '{\"cpu\": Infinity}'", ()),

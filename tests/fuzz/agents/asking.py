@@ -6,6 +6,7 @@ It ends with schemathesis's exit status, after a line of JSON with what was aske
 from __future__ import annotations
 
 import collections
+import ipaddress
 import json
 import os
 import re
@@ -22,15 +23,18 @@ from schemathesis.generation.meta import StatefulPhaseData
 from urllib3.connection import HTTPConnection
 from urllib3.connectionpool import HTTPConnectionPool
 
-STREAMS = ("/logs", "/v1/events")
+STREAMS = ("/logs", "/v1/events", "/v1/audit")
 SILENCE_SECONDS = 0.2
 ANSWER_SECONDS = 10.0
-# Refused although the schema allows it: for what a host has or lacks, or for what no schema can say.
 _RECENT = 8
-OF_THE_HOST = {"launch_failed", "limit_unavailable"}
+_POLICIES = 20  # names: fewer than a user may have policies, so that some are replaced
+# Refused although the schema allows it: for what a host has or lacks, or for what was asked before.
+OF_THE_HOST = {"launch_failed", "limit_unavailable", "idempotency_conflict"}
+
+QUOTAS_OF = "bob"  # who asks for nothing, so that nobody is held up by what is given him
 
 answers: collections.Counter[str] = collections.Counter()
-made: list[str] = []
+made: dict[str, list[str]] = collections.defaultdict(list)  # by the path that lists them
 
 
 class Adapter(HTTPAdapter):
@@ -84,8 +88,14 @@ def map_case(_context: Any, case: Any) -> Any:
     # Of what is removed in bulk, behind the answer, or replaced, the checks of what there is do not know.
     is_stateful = isinstance(case.meta.phase.data, StatefulPhaseData)
     query = case.query or {}
-    if is_good and not is_stateful and "{ref}" in case.path and made and sum(answers.values()) % 3:
-        case.path_parameters = {"ref": made[-1 - sum(answers.values()) % min(len(made), _RECENT)]}
+    number = sum(answers.values())
+    there = made[case.path.partition("/{")[0]]
+    if is_good and not is_stateful and "{ref}" in case.path and there and number % 3:
+        case.path_parameters = {"ref": there[-1 - number % min(len(there), _RECENT)]}
+    if is_good and "{user}" in case.path and number % 3:
+        case.path_parameters = {"user": QUOTAS_OF}
+    if is_good and (key := (case.headers or {}).get("Idempotency-Key")) and number % 3:  # sent once
+        case.headers["Idempotency-Key"] = f"{key[:200]}{number}"
     if is_good and query.get("label"):  # one value for each key
         query["label"] = list({label.partition("=")[0]: label for label in query["label"]}.values())
     if is_good and (case.method, case.path) == ("DELETE", "/v1/environments"):  # one of the three
@@ -140,9 +150,9 @@ def _serve(wanted: dict[str, Any]) -> None:
         wanted["share"] = "user:bob,group:netnsd"
     if wanted.get("egress") not in (None, "allow", "deny"):  # networks, and ports in order
         wanted["egress"] = "10.1.0.0/16:443/tcp"
-    if "policies" in wanted:  # documents, whose rules are Kubernetes's
-        wanted["policies"] = [{"apiVersion": "networking.k8s.io/v1", "kind": "NetworkPolicy",
-                               "metadata": {"name": "closed"}, "spec": {"podSelector": {}}}]
+    if "policies" in wanted:
+        _agree([policy for one in wanted["policies"]
+                for policy in ((one.get("items") or []) if one["kind"].endswith("List") else [one])])
     for one in (wanted, *wanted.get("services", [])):
         if one.get("command"):
             one["command"] = ["/bin/sleep" if len(one["command"]) % 2 else "/bin/true", "1000"]
@@ -154,6 +164,37 @@ def _serve(wanted: dict[str, Any]) -> None:
         wanted["ports"] = list(published.values())
 
 
+def _agree(policies: list[dict[str, Any]]) -> None:
+    """Of NetworkPolicy documents what no schema can say: names that differ and are one's own, and what is in order."""
+    names: set[str] = set()
+    for policy in policies:
+        metadata, spec = policy["metadata"], policy.get("spec") or {}
+        metadata.pop("namespace", None)
+        name = metadata["name"] if len(metadata["name"]) % 3 == 0 else f"p{len(metadata['name']) % _POLICIES}"
+        while name in names:
+            name = f"p{int(name[1:] or 0) + 1}" if re.fullmatch("p[0-9]*", name) else "p"
+        names.add(name)
+        metadata["name"] = name
+        rules = [*(spec.get("ingress") or []), *(spec.get("egress") or [])]
+        for port in (port for rule in rules for port in rule.get("ports") or []):
+            if port.get("endPort") is not None:
+                port["port"], port["endPort"] = sorted((port["port"], port["endPort"]))
+        for peer in (peer for rule in rules for peer in rule.get("from") or rule.get("to") or []):
+            if peer.get("ipBlock") is not None:
+                _narrow(peer["ipBlock"])
+
+
+def _narrow(block: dict[str, Any]) -> None:
+    """Have of ``except`` what is within ``cidr``, and half of that for the rest."""
+    network = ipaddress.IPv4Network(block["cidr"], strict=False)
+    for number, text in enumerate(block.get("except") or []):
+        hole = ipaddress.IPv4Network(text, strict=False)
+        if network.prefixlen == 32:
+            block["except"] = []
+        elif not hole.subnet_of(network) or hole == network:
+            block["except"][number] = str(next(network.subnets()))
+
+
 @schemathesis.check
 def refusals_are_of_the_host(_context: Any, response: Any, case: Any) -> None:
     """``positive_data_acceptance`` lets 422 pass, as commands are found to be missing in that way. Only for them."""
@@ -161,7 +202,9 @@ def refusals_are_of_the_host(_context: Any, response: Any, case: Any) -> None:
     if response.status_code == 422 and case.meta is not None and case.meta.generation.mode.is_positive:
         assert code in OF_THE_HOST, response.text
     if response.status_code == 201 and "id" in (answer := response.json()):
-        made.append(answer["id"])
+        made[case.path].append(answer["id"])
+    if response.status_code == 200 and (case.method, case.path) == ("POST", "/v1/policies"):
+        made[case.path] += [policy["name"] for policy in response.json()["policies"]]
     assert code != "internal", response.text
 
 
