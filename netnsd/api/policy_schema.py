@@ -20,6 +20,7 @@ _OCTET = "(25[0-5]|2[0-4][0-9]|1[0-9][0-9]|[1-9]?[0-9])"
 _NETWORK = {"type": "string", "pattern": rf"^{_OCTET}(\.{_OCTET}){{3}}/(0?[0-9]|[12][0-9]|3[0-2])$"}
 _VALUE = {"type": "string", "pattern": f"^{LABEL_VALUE}$"}
 _PORT = {"type": "integer", "minimum": 1, "maximum": 65535}
+_PROTOCOL = {"enum": [*map(str.upper, PROTOCOLS), None]}
 _NULL = {"type": "null"}
 _TEXTS = {"type": ["object", "null"], "additionalProperties": {"type": "string"}}
 
@@ -71,8 +72,8 @@ COMPONENTS: dict[str, dict[str, Any]] = {
         _requirement(_BARE, {"type": ["array", "null"], "maxItems": 0}, is_needed=False)]},
     "LabelSelector": _object({}, _MEMBERS),
     "PolicyPort": {"anyOf": [
-        _object({"port": _PORT}, {"protocol": {"enum": [*map(str.upper, PROTOCOLS), None]}, "endPort": {**_PORT, "type": ["integer", "null"]}}),
-        _object({}, {"protocol": {"enum": [*map(str.upper, PROTOCOLS), None]}, "port": _NULL, "endPort": _NULL})]},
+        _object({"port": _PORT}, {"protocol": _PROTOCOL, "endPort": {**_PORT, "type": ["integer", "null"]}}),
+        _object({}, {"protocol": _PROTOCOL, "port": _NULL, "endPort": _NULL})]},
     "PolicyPeer": {"anyOf": [
         _object({"podSelector": _of("LabelSelector")},
                 {"namespaceSelector": _or_null(_of("LabelSelector")), "ipBlock": _NULL}),

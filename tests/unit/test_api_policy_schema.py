@@ -12,10 +12,10 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from netnsd import wire
-from netnsd.api import constraints, json_body, openapi, policy_schema
+from netnsd.api import constraints, json_body, openapi
 from netnsd.core import quotas
 from netnsd.core.once import Mark
-from netnsd.core.policy_documents import API_VERSION, KIND, documents_of, name_and_namespace, policy_of
+from netnsd.core.policy_documents import API_VERSION, KIND, MOST_DOCUMENTS, documents_of, name_and_namespace, policy_of
 from netnsd.errors import NetnsdError
 
 COMPONENTS = openapi.document((20000, 29999))["components"]
@@ -49,9 +49,10 @@ def taken(documents: Any) -> bool:
     return True
 
 
-ODD = st.sampled_from([None, 0, 1, True, "", "x", [], {}, [None], [{}], {"x": 1}, 1.5, -1])
+ODD: st.SearchStrategy[Any] = st.sampled_from([None, 0, 1, True, "", "x", [], {}, [None], [{}], {"x": 1}, 1.5, -1])
 _NAMES = ["a", "a.b", "a-b", "a..b", "-a", "a-", "A", "a" * 253, "a" * 254, ".", "a.", "a\n", "a_b", "ü"]
-_TEXT = ["a", "team", "a/b", "k" * 128, "k" * 129, "v" * 256, "v" * 257, "-a", "\0", "\n", "a\n", "\u202e", "\ufeff", "ü"]
+_TEXT = ["a", "team", "a/b", "k" * 128, "k" * 129, "v" * 256, "v" * 257, "-a", "\0", "\n", "a\n", "\u202e", "\ufeff",
+         "ü"]
 TEXT = st.sampled_from(_TEXT)
 NUMBERS = st.sampled_from([0, 1, 2, 65535, 65536, 80.0, 1.5, "80", True])
 NETWORKS = st.sampled_from([
@@ -64,7 +65,7 @@ def fields(**known: st.SearchStrategy[Any]) -> st.SearchStrategy[Any]:
     plain = st.fixed_dictionaries({}, optional=known)
     whole = st.fixed_dictionaries(known)
     return st.one_of(plain, plain, whole, whole, st.fixed_dictionaries(
-        {}, optional={name: ODD for name in known} | {"unknown": ODD}))
+        {}, optional=dict.fromkeys([*known, "unknown"], ODD)))
 
 
 def lists(items: st.SearchStrategy[Any]) -> st.SearchStrategy[Any]:
@@ -94,7 +95,8 @@ LIST = fields(apiVersion=st.sampled_from([API_VERSION, "v1"]), kind=st.sampled_f
 ONE = st.one_of(
     REQUIREMENT.map(lambda one: {"podSelector": {"matchExpressions": [one]}}),
     SELECTOR.map(lambda one: {"podSelector": one}), PORT.map(lambda one: {"ingress": [{"ports": [one]}]}),
-    BLOCK.map(lambda one: {"egress": [{"to": [{"ipBlock": one}]}]}), PEER.map(lambda one: {"ingress": [{"from": [one]}]}),
+    BLOCK.map(lambda one: {"egress": [{"to": [{"ipBlock": one}]}]}),
+    PEER.map(lambda one: {"ingress": [{"from": [one]}]}),
 ).map(lambda spec: GOOD | {"spec": spec})
 
 
@@ -105,7 +107,7 @@ def beyond_schemas(value: Any) -> bool:
     if not isinstance(value, dict):
         return False
     port, end = value.get("port"), value.get("endPort")
-    ends_early = type(port) in (int, float) and type(end) in (int, float) and end < port
+    ends_early = isinstance(port, int | float) and isinstance(end, int | float) and end < port
     return ends_early or bool(value.get("except")) or any(map(beyond_schemas, value.values()))
 
 
@@ -132,7 +134,7 @@ def test_what_no_schema_can_say_is_refused_all_the_same() -> None:
 
 
 def test_as_many_documents_are_allowed_as_are_taken() -> None:
-    most = policy_schema.DOCUMENTS["maxItems"]
+    most = MOST_DOCUMENTS
     for count in (most, most + 1):
         documents = [GOOD | {"metadata": {"name": f"p{number}"}} for number in range(count)]
         assert allowed("PolicyRequest", {"policies": documents}) == taken(documents) == (count == most)

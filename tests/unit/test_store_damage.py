@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import functools
-import json
 import re
 import shutil
 import sqlite3
@@ -32,7 +31,8 @@ ENVIRONMENTS = [
     Environment(
         id=f"5f0c7f1e-0000-4000-8000-00000000000{index}", name=f"web{index}", uid=1001, user="alice",
         slot=PLAN.slot(index), netns=f"web{index}.alice", labels={"team": "x"}, share="owner",
-        created_at="2030-01-01T00:00:00.000000Z", boot_id="boot", state="ready", request=f"{index:032x}:{index:032x}", resources=wire.Resources(pids=9),
+        created_at="2030-01-01T00:00:00.000000Z", boot_id="boot", state="ready", resources=wire.Resources(pids=9),
+        request=f"{index:032x}:{index:032x}",
         ports=(PublishedPort(3000, "tcp", 20000 + index),),
         services={"main": Service("main", COMMAND, "running", 7, "launch", None, "always", CHECK, 1, 1, "healthy")})
     for index in range(3)]
