@@ -118,6 +118,9 @@ def beyond_schemas(value: Any) -> bool:
 @example([{"apiVersion": API_VERSION, "kind": f"{KIND}List", "items": [{"metadata": {"name": "a"}}]}])
 @example([{"apiVersion": "v1", "kind": "List", "items": [{"apiVersion": "v1", "kind": "List"}]}])
 @example([GOOD | {"spec": {"ingress": [{"from": [{}]}]}}])
+@example([GOOD | {"spec": {"ingress": [{"from": [{"podSelector": {}, "namespaceSelector": None, "ipBlock": None}]}]}}])
+@example([GOOD | {"spec": {"ingress": [{"from": [
+    {"podSelector": None, "namespaceSelector": None, "ipBlock": {"cidr": "10.0.0.0/8"}}]}]}}])
 @example([GOOD | {"spec": {"ingress": [{"ports": [{"endPort": 1}]}]}}])
 @example([GOOD | {"spec": {"ingress": [{"ports": [{"port": 1, "endPort": 1}]}]}}])
 @settings(max_examples=1500)
@@ -151,9 +154,11 @@ def test_the_document_allows_the_keys_that_are_taken(key: str) -> None:
     assert jsonschema_rs.is_valid(constraints.KEY, key) == is_taken
 
 
-@given(st.fixed_dictionaries({}, optional={
-    name: st.sampled_from([None, -1, 0, 1, 1.5, quotas.MOST, quotas.MOST + 1, 2**70, "1", True])
-    for name in (*quotas.LIMITS, "unknown")}))
+AMOUNTS = st.sampled_from([None, -1, 0, 1, 1.5, quotas.MOST, quotas.MOST + 1, 2**70, "1", True])
+
+
+@given(st.dictionaries(st.sampled_from([*quotas.LIMITS, "unknown"]), AMOUNTS, max_size=2))
+@settings(max_examples=300)
 def test_the_document_allows_the_quotas_that_are_taken(value: dict[str, Any]) -> None:
     try:
         request = json_body.parse(json.dumps(value).encode(), wire.QuotaRequest)
