@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import time
+from collections.abc import AsyncGenerator
 from typing import Any
 
 import msgspec
@@ -20,6 +21,7 @@ from netnsd import __version__
 from netnsd.api import foreign, json_body, openapi, problems
 from netnsd.api.routes import ROUTES, Accepted, Call, Context, Permission, Route
 from netnsd.api.trail import DONE, Deed
+from netnsd.core.tokens import Grant
 from netnsd.errors import (
     BodyTooLarge,
     Forbidden,
@@ -29,10 +31,13 @@ from netnsd.errors import (
     NoRoute,
     RequestTimeout,
     ShuttingDown,
+    Unauthorized,
 )
 
 BODY_BYTES = 512 << 10
 BODY_SECONDS = 10.0
+# How old the last look at an account may be of whose token something is streamed.
+STANDING_SECONDS = 5.0
 
 _HEADERS = {problems.VERSION_HEADER: __version__}
 _encode = msgspec.json.Encoder().encode
@@ -102,8 +107,6 @@ class _Endpoint:
         if self._route.permission is Permission.ADMIN and not request.state.actor.is_admin:
             raise Forbidden("only an admin may do that", hint="Ask root, or a member of the admins' group.")
         raw = await _body(request)
-        if self._route.permission is Permission.ADMIN and not deed.actor.is_admin:
-            raise Forbidden("only an admin may do that", hint="Ask root, or a member of the admins' group.")
         body = await json_body.parse_in_turn(raw, self._route.body, self._large) if self._route.body else None
         query: dict[str, list[str]] = {}
         for name, value in request.query_params.multi_items():
@@ -112,13 +115,31 @@ class _Endpoint:
                     _key(request) if self._route.is_keyed else None)
         began = time.perf_counter()
         answer = await (self._while_there(request, call) if self._route.waits else self._route.handler(call))
+        if self._route.waits:
+            await self._context.tokens.confirm(request.state.grant)
         if self._route.answer is None:
+            if request.state.grant.token is not None:
+                answer = self._while_good(answer, request.state.grant)
             return _Stream(answer, media_type=self._route.content_type, headers=_HEADERS)
         headers = {**_HEADERS, "Server-Timing": f"work;dur={(time.perf_counter() - began) * 1000:.3f}"}
         status = self._route.status
         if isinstance(answer, Accepted):
             answer, status = answer.answer, 202
         return Response(_encode(answer), status, media_type="application/json", headers=headers)
+
+    async def _while_good(self, pieces: AsyncGenerator[bytes, None], grant: Grant) -> AsyncGenerator[bytes, None]:
+        """A stream that ends when the right of its token does."""
+        tokens, looked = self._context.tokens, trio.current_time()
+        async with contextlib.aclosing(pieces):
+            async for piece in pieces:
+                try:
+                    tokens.require(grant)
+                    if trio.current_time() - looked > STANDING_SECONDS:
+                        await tokens.confirm(grant)
+                        looked = trio.current_time()
+                except Unauthorized:
+                    return
+                yield piece
 
     async def _while_there(self, request: Request, call: Call) -> Any:
         """The handler's answer, unless the client leaves first: nobody waits for it then."""
@@ -164,8 +185,14 @@ class _Stream(StreamingResponse):
     """Closes its asynchronous generator in the task that reads it, however reading ends."""
 
     async def stream_response(self, send: Send) -> None:
+        async def uncut(message: Any) -> None:
+            # With the last of an answer hypercorn says that it is over, upon which Starlette cancels us: in the middle
+            # of closing the connection, or of having it wait for the next request.
+            with trio.CancelScope(shield=not message.get("more_body", True)):
+                await send(message)
+
         async with contextlib.aclosing(self.body_iterator):  # type: ignore[type-var]
-            await super().stream_response(send)
+            await super().stream_response(uncut)
 
 
 def _problem(error: NetnsdError) -> Response:

@@ -217,10 +217,11 @@ async def _remove_many(call: Call) -> wire.Removal | Accepted:
             found = service.registry.find(ref, call.actor)
         except NotFound as error:
             failed.append(_failure(ref, error))
-            call.deed.subjects.append(Subject("", ref, code=error.code))
         else:
             if not any(found is other for other in chosen.values()):  # by name and by id, say
                 chosen[ref] = found
+    if failed:  # of what is not there one line tells, whose length is bounded
+        call.deed.subjects.append(Subject("", " ".join(failure.ref for failure in failed), code=NotFound.code))
     if not refs:
         chosen = {e.name: e for e in service.registry.visible(call.actor, everyones=False, labels=labels)}
     if not call.flag("wait", default=True):

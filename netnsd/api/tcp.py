@@ -1,7 +1,8 @@
 """The API's TCP listener: who may connect at all, and TLS. Who asks is said by each request (``bearer``).
 
 Nobody is known by connecting. Connections of which no request has come with a good token yet are bounded by address and
-in all, and have so many seconds; then they count as their user's.
+in all, and have so many seconds; then they count as their user's. Where there are too many, an older one makes room:
+on loopback, and behind a translator of addresses, everybody has one address, and who says nothing keeps nobody out.
 """
 
 from __future__ import annotations
@@ -45,13 +46,15 @@ class Visitor:
     Ended by ``leave``.
     """
 
-    def __init__(self, counts: Counter[object], origin: str, per_user: int) -> None:
+    def __init__(self, counts: Counter[object], unknown: dict[Visitor, None], origin: str, per_user: int) -> None:
         self.origin = origin
         self.uid: int | None = None
         self.scope = trio.CancelScope(deadline=trio.current_time() + UNKNOWN_SECONDS)
         self._counts = counts
         self._per_user = per_user
+        self._unknown = unknown
         self._held: tuple[object, ...] = (origin, None)
+        unknown[self] = None
         counts.update(self._held)
 
     def become(self, uid: int) -> None:
@@ -65,8 +68,14 @@ class Visitor:
         self._counts.update(self._held)
         self.scope.deadline = math.inf
 
+    def make_room(self) -> None:
+        """End the connection, for another; it counts no more."""
+        self.leave()
+        self.scope.cancel()
+
     def leave(self) -> None:
         """Count no more."""
+        self._unknown.pop(self, None)
         self._counts.subtract(self._held)
         for key in self._held:
             if not self._counts[key]:
@@ -82,20 +91,19 @@ class TcpGate:
         supernet: environments' addresses, from which nobody is let in: rules keep them out, and this does too.
         tls: wraps each connection, where there is one.
         connections_per_user: more than that are refused.
-        refused: is sent to one too many, where there is no TLS.
     """
 
     def __init__(self, serve: Callable[[Transport, Visitor], Awaitable[None]], *, supernet: ipaddress.IPv4Network,
-                 tls: ssl.SSLContext | None, connections_per_user: int, refused: bytes) -> None:
+                 tls: ssl.SSLContext | None, connections_per_user: int) -> None:
         self._serve = serve
         self._supernet = supernet
         self._tls = tls
         self._per_user = connections_per_user
-        self._refused = refused
         self._closer = Closer(filters_descriptors=True)  # TCP carries none
         self._handshakes = Pace(HANDSHAKES_PER_SECOND, HANDSHAKES_AT_ONCE)
         # Of each user and each origin of the unknown; None: of all unknown.
         self.counts: Counter[object] = Counter()
+        self._unknown: dict[Visitor, None] = {}  # oldest first
 
     async def run(self, listener: socket.socket, nursery: trio.Nursery) -> None:
         """Accept for ever; connections live in ``nursery``."""
@@ -112,14 +120,10 @@ class TcpGate:
             if address in self._supernet:
                 return
             origin = _origin(address)
-            if self.counts[origin] >= UNKNOWN_OF_ONE_ADDRESS or self.counts[None] >= UNKNOWN_IN_ALL:
-                if self._tls is None:
-                    with trio.move_on_after(1.0), contextlib.suppress(OSError):
-                        await connection.send(self._refused)
-                return
             if self._tls is not None and self._handshakes.take(origin, trio.current_time()):
                 return
-            visitor = Visitor(self.counts, origin, self._per_user)
+            self._make_room(origin)
+            visitor = Visitor(self.counts, self._unknown, origin, self._per_user)
             try:
                 with visitor.scope:
                     transport = await self._transport(connection)
@@ -127,6 +131,14 @@ class TcpGate:
                         await self._serve(transport, visitor)
             finally:
                 visitor.leave()
+
+    def _make_room(self, origin: str) -> None:
+        """For one more that is unknown. Where all are too many, of the address that has most: it crowds out itself."""
+        if self.counts[origin] < UNKNOWN_OF_ONE_ADDRESS:
+            if self.counts[None] < UNKNOWN_IN_ALL:
+                return
+            origin = max((visitor.origin for visitor in self._unknown), key=self.counts.__getitem__)
+        next(visitor for visitor in self._unknown if visitor.origin == origin).make_room()
 
     async def _transport(self, connection: trio.socket.SocketType) -> Transport | None:
         """None where it does not speak TLS."""

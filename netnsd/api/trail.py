@@ -6,6 +6,7 @@ daemon's log, which lasts, and to a short memory, which admins read.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
@@ -17,6 +18,7 @@ from netnsd.core.environment import Environment
 
 DONE = "ok"
 _REF_CHARACTERS = 80
+_SECRET = re.compile(r"(netnsd_[0-9a-f]{12}_)[0-9a-f]+", re.IGNORECASE)
 _READING = frozenset({"GET", "HEAD"})
 # Whoever is refused even a look is told of, too.
 _REFUSALS = frozenset({"forbidden", "foreign_request"})
@@ -84,6 +86,6 @@ class Trail:
 
 
 def _shown(text: str) -> str:
-    """What a client sent, for a log that may be a terminal."""
-    text = text[:_REF_CHARACTERS]
+    """What a client sent, for a log that may be a terminal: and that may be a token, where its name is asked for."""
+    text = _SECRET.sub(r"\1...", text)[:_REF_CHARACTERS]
     return text if text.isprintable() else text.encode("unicode_escape").decode()

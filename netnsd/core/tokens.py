@@ -72,7 +72,24 @@ class Tokens:
 
     async def authority(self, text: str) -> tuple[Actor, Grant]:
         """Who asks with a token, and what it may: never more than its owner may now. Raises Unauthorized."""
-        token = self.verify(text)
+        return await self._standing(self.verify(text))
+
+    async def confirm(self, grant: Grant) -> None:
+        """For what goes on after its request was let in: its right is what it was. Raises Unauthorized."""
+        if grant.token is None:
+            return
+        self.require(grant)
+        _, now = await self._standing(self._by_id[grant.token])
+        if now != grant:
+            raise unauthorized()
+
+    def require(self, grant: Grant) -> None:
+        """As ``confirm``, without a look at the account, which may take long. Raises Unauthorized."""
+        token = self._by_id.get(grant.token or "")
+        if grant.token is not None and (token is None or self._is_over(token)):
+            raise unauthorized()
+
+    async def _standing(self, token: Token | None) -> tuple[Actor, Grant]:
         owner = None if token is None else await self._login(token.uid)
         # It may have been revoked meanwhile; and a uid may have become somebody else's.
         if token is None or owner is None or owner.user != token.user or token.id not in self._by_id:
@@ -147,6 +164,9 @@ class Tokens:
         if owner is None:
             raise InvalidRequest(f"there is no account of {(request.user or actor.user)[:80]!r} on this host",
                                  hint="A token is a local user's.")
+        if owner.uid != actor.uid and not actor.is_admin:
+            # A connection may be older than its user's account; the name may be somebody else's by now.
+            raise Forbidden("only an admin may create a token for another user", hint="Leave user out.")
         if owner.uid == 0 and actor.uid != 0:  # an admin is not root
             raise Forbidden("only root may create a token for root", hint="Ask root.")
         return owner

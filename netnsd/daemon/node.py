@@ -260,8 +260,7 @@ class Node:
         if self._tcp is not None:
             listener, tls = self._tcp
             tcp_gate = tcp.TcpGate(self._http.handle_visitor, supernet=self._config.plan.supernet, tls=tls,
-                                   connections_per_user=self._config.daemon.connections_per_user,
-                                   refused=self._http.refusal)
+                                   connections_per_user=self._config.daemon.connections_per_user)
             nursery.start_soon(tcp_gate.run, listener, nursery)
 
     def _door(self, name: str) -> Door:

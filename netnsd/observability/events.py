@@ -12,7 +12,7 @@ import trio
 from netnsd import wire
 
 _REMEMBERED = 1000
-_FOLLOWER_BACKLOG = 256
+_FOLLOWER_BACKLOG = 2 * _REMEMBERED  # more than one request can cause at once
 
 
 class EventLog:
@@ -26,7 +26,7 @@ class EventLog:
         self._now = now
         self._seq = 0
         self._past: dict[int, deque[wire.Event]] = {}
-        self._followers: set[trio.MemorySendChannel[tuple[int, wire.Event]]] = set()
+        self._followers: dict[trio.MemorySendChannel[wire.Event], Callable[[int], bool]] = {}
 
     def emit(self, kind: str, uid: int, environment: str, name: str, /, **details: Any) -> None:
         """Tell everybody; ``uid`` is whose event it is: the environment's owner's.
@@ -39,30 +39,29 @@ class EventLog:
         self._past.setdefault(uid, deque()).append(event)
         if sum(map(len, self._past.values())) > _REMEMBERED:
             max(self._past.values(), key=len).popleft()
-        for follower in list(self._followers):
+        for follower in [f for f, may_see in self._followers.items() if may_see(uid)]:
             try:
-                follower.send_nowait((uid, event))
+                follower.send_nowait(event)
             except (trio.WouldBlock, trio.BrokenResourceError):
                 follower.close()
-                self._followers.discard(follower)
+                self._followers.pop(follower, None)
 
     async def follow(self, may_see: Callable[[int], bool], after: int, goes_on: bool = True,
                      ) -> AsyncGenerator[wire.Event, None]:
         """Remembered events later than number ``after`` that the follower may see; then new ones, where it goes on."""
-        send, receive = trio.open_memory_channel[tuple[int, wire.Event]](_FOLLOWER_BACKLOG)
+        send, receive = trio.open_memory_channel[wire.Event](_FOLLOWER_BACKLOG)
         past = sorted((event for uid, events in self._past.items() if may_see(uid) for event in events),
                       key=attrgetter("seq"))
-        self._followers.add(send)
+        self._followers[send] = may_see
         try:
             for event in past:
                 if event.seq > after:
                     yield event
             if not goes_on:
                 return
-            async for uid, event in receive:
-                if may_see(uid):
-                    yield event
+            async for event in receive:
+                yield event
         finally:
-            self._followers.discard(send)
+            self._followers.pop(send, None)
             send.close()
             receive.close()

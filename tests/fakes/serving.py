@@ -222,7 +222,7 @@ async def serving(directory: Path, *, filters: bool | None = None, connections_p
             gate = Gate("no-such-group", connections_per_user, closer)
             http = HttpServer(Bearer(application(context), world.tokens, pace or Pace(1000, 1000)), closer)
             tcp_gate = TcpGate(http.handle_visitor, supernet=world.plan.supernet, tls=tls,
-                               connections_per_user=connections_per_user, refused=http.refusal)
+                               connections_per_user=connections_per_user)
             served = Served(world, str(directory / "api.sock"), str(directory / "attach.sock"), http, events, gate,
                             tcp_gate, listener.getsockname()[1], audit, actor)
             attach_server = AttachServer(environments, closer, trail)

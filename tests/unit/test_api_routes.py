@@ -161,6 +161,23 @@ async def test_events_are_of_ones_own(served: Served) -> None:
     assert b"of-bob" not in seen
 
 
+@pytest.mark.parametrize("request_line", ["GET {} HTTP/1.1\r\nConnection: close", "GET {} HTTP/1.0"])
+@pytest.mark.parametrize("path", ["/v1/health", "/metrics", "/v1/events?follow=0"])
+async def test_a_connection_is_closed_where_that_is_asked_for(served: Served, path: str, request_line: str) -> None:
+    async with served.client() as client:
+        await client.send(f"{request_line.format(path)}\r\nHost: localhost\r\n\r\n".encode())
+        assert b" 200 " in await client.rest()
+
+
+async def test_a_connection_that_waits_after_a_stream_is_closed_in_the_end(served: Served) -> None:
+    served.http._config.keep_alive_timeout = 0.05
+    async with served.client() as client:
+        assert (await client.ask("GET", "/metrics")).status == 200
+        assert (await client.ask("GET", "/v1/health")).status == 200
+        assert (await client.ask("GET", "/metrics")).status == 200
+        assert await client.rest() == b""
+
+
 async def test_followers_that_left_are_forgotten(served: Served) -> None:
     for _ in range(3):
         async with served.client() as client:
