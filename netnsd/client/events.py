@@ -11,6 +11,7 @@ import click
 from netnsd.client.app import Verb
 from netnsd.client.session import Session, printable, session_of, write
 from netnsd.client.transport import with_query
+from netnsd.errors import DaemonUnreachable
 
 _FIELDS = {"seq": int, "time": str, "kind": str, "environment": str, "name": str, "details": dict}
 
@@ -32,8 +33,12 @@ def events_verb(ctx: click.Context, follow: bool, after: int | None, audit: bool
     """
     session = session_of(ctx)
     path = with_query("/v1/audit" if audit else "/v1/events", after=after, follow=None if follow else 0)
+    last = after or 0
     for event in _events(session, session.client.stream(path)):
         write(_text(session, event, _of_audit if audit else _of_event))
+        last = event["seq"]
+    if follow:  # it has no end of its own: who does not read fast enough misses something
+        raise DaemonUnreachable("netnsd ended the stream", hint=f"`--after {last}` goes on from there.")
 
 
 def _events(session: Session, pieces: Iterable[bytes]) -> Iterator[dict[str, Any]]:

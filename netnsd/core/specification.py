@@ -188,7 +188,7 @@ def check_share(share: str) -> str:
     parts = share.split(",")
     if len(parts) > MAX_SHARES or not all(_SHARE.match(part) for part in parts):
         raise InvalidRequest(f"share {_shown(share)} is none of owner, host, lan and user:NAME,group:NAME",
-                             hint=f"At most {MAX_SHARES} users and groups, with commas between.")
+                             hint=f"Write user:NAME or group:NAME; at most {MAX_SHARES}, with commas between.")
     return ",".join(dict.fromkeys(parts))
 
 

@@ -112,7 +112,7 @@ class Tokens:
         name = specification.check_name(request.name, what="token name")
         seconds = request.expires_seconds
         if seconds is not None and not 1 <= seconds <= MOST_SECONDS:
-            raise InvalidRequest(f"expires_seconds {seconds:g} is not from 1 to {MOST_SECONDS:g}",
+            raise InvalidRequest(f"expires_seconds {seconds:.0f} is not from 1 to {MOST_SECONDS:.0f}, ten years",
                                  hint="Leave it out for a token that does not expire.")
         grant.require(request.scope)
         owner = await self._owner(request, actor)
@@ -148,7 +148,8 @@ class Tokens:
         own = next((t for t in self._by_id.values() if t.uid == actor.uid and t.name == ref), None)
         token = own or self._by_id.get(ref)
         if token is None or not actor.may_see(token.uid):
-            raise NotFound(f"there is no token {ref[:80]!r}", hint="`netnsctl token ls` lists yours.", ref=ref[:80])
+            raise NotFound(f"there is no token {ref[:80]!r}", ref=ref[:80], hint="`netnsctl token ls` lists yours."
+                           + (" Another's is revoked by its id: `token ls --all`." if actor.is_admin else ""))
         for gone in self._forget(token):
             self._emit("token_revoked", gone.uid, "", gone.name, token=gone.id, by=actor.user)
 

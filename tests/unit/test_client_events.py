@@ -42,8 +42,16 @@ def _lines(*events: Any) -> bytes:
     ((), "/v1/events?follow=0"), (("-f",), "/v1/events"), (("--after", "5"), "/v1/events?after=5&follow=0"),
     (("--audit", "-f", "--after", "0"), "/v1/audit?after=0"), (("--audit",), "/v1/audit?follow=0")])
 def test_what_is_typed_is_what_is_asked(daemon: FakeDaemon, args: tuple[str, ...], target: str) -> None:
-    assert run("events", *args).exit_code == 0
+    assert run("events", *args).exit_code == (3 if "-f" in args else 0)
     assert daemon.requests[-1].target == target
+
+
+def test_a_stream_that_ends_though_it_has_no_end_is_told_and_where_to_go_on(daemon: FakeDaemon) -> None:
+    done = run("events", "-f")
+    assert done.exit_code == 3
+    assert "--after 8" in done.stderr
+    daemon.answers["GET", "/v1/events"] = b""
+    assert "--after 5" in run("events", "-f", "--after", "5").stderr
 
 
 def test_events_are_lines_for_people_and_objects_for_programs(daemon: FakeDaemon) -> None:
