@@ -293,6 +293,7 @@ class LauncherProcesses:
                 await self._speak(sock)
             finally:
                 self._lose(sock)
+            self._launcher_pid = None  # the number may be somebody else's soon, and is not signalled
             self._tell_exit.send_nowait(None)
 
     async def _connect_again(self, patience: float) -> socket.socket:

@@ -316,6 +316,34 @@ async def test_who_does_not_greet_as_a_launcher_is_none(tmp_path: Path, hello: b
         assert liar.connections == 1
 
 
+async def test_the_number_of_a_launcher_that_has_ended_is_not_signalled(
+        tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    killed: list[int] = []
+    monkeypatch.setattr(os, "kill", lambda pid, _number: killed.append(pid))
+    path = str(tmp_path / "l.sock")
+    processes = LauncherProcesses(path, str(tmp_path), [], starts=False)
+    with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as listener:
+        listener.bind(path)
+        listener.listen(1)
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(nursery.start, processes.run)
+            with trio.fail_after(5):
+                await trio.lowlevel.wait_readable(listener)
+                launcher, _ = listener.accept()
+                with launcher:
+                    await trio.lowlevel.wait_readable(launcher)
+                    launcher.recv(100)
+                    launcher.send(HELLO)
+                    while processes.launcher_pid is None:
+                        await trio.sleep(0.002)
+                os.unlink(path)
+                assert await processes.exits.receive() is None
+            nursery.cancel_scope.cancel()
+    processes._starts = True
+    processes.retire()
+    assert killed == []
+
+
 async def test_an_end_that_is_told_twice_is_told_twice(tmp_path: Path) -> None:
     told = said(Kind.EXIT, b'{"launch_id": "x", "code": 3}')
     async with lied_to(tmp_path, HELLO, [(told, []), (told, []), (said(Kind.SPAWN, b'{"pid": 7}'), [])]) as (
