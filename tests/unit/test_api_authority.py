@@ -249,10 +249,12 @@ async def test_a_change_names_the_environment_and_its_owner(served: Served) -> N
 
 async def test_a_creation_that_is_refused_names_what_was_asked_for(served: Served) -> None:
     await served.world.environments.create(request("web"), ALICE)
-    await served.ask("POST", "/v1/environments", {"name": "web"})
-    await served.ask("POST", "/v1/templates", {"name": "a b", "specification": {}})
+    secrets = {"command": [SECRET], "env": {"TOKEN": SECRET}, "labels": {"secret": SECRET}}
+    await served.ask("POST", "/v1/environments", {"name": "web", **secrets})
+    await served.ask("POST", "/v1/templates", {"name": "a b", "specification": secrets})
     assert [(e.environment, e.name, e.details["code"]) for e in told(served)] == [
         ("", "web", "name_taken"), ("", "a b", "invalid_name")]
+    assert SECRET not in str(told(served))
 
 
 async def test_of_many_each_is_told_with_what_came_of_it(served: Served, monkeypatch: pytest.MonkeyPatch) -> None:
