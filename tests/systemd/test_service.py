@@ -231,7 +231,9 @@ def test_the_sandbox_takes_away_nothing_that_the_kernel_offers(daemon: Container
     features = json.loads(outside)
     assert features.items() <= daemon.ctl_json("info")["features"].items()
     checks = {check["name"]: check["ok"] for check in daemon.ctl_json("doctor")["checks"]}
-    assert {name for name, is_good in checks.items() if not is_good} <= {"other-firewalls"}
+    # In a container there are no controllers of limits.
+    assert {name for name, is_good in checks.items() if not is_good and not name.startswith("limit_")} <= {
+        "other-firewalls"}
 
 
 def test_servers_are_looked_at_from_the_sandbox(daemon: Container) -> None:
