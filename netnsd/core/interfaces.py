@@ -342,6 +342,13 @@ class Firewall(Protocol):
         """Take the elements back; what is gone already is fine."""
         ...
 
+    async def forget(self, addresses: Sequence[str]) -> None:
+        """End what these addresses, from which nothing can come any more, have begun: somebody else may have them next.
+
+        Raises KernelError.
+        """
+        ...
+
     async def restore(self, openings: Sequence[Opening]) -> bool:
         """Make table and elements exactly these; returns whether anything had to be changed."""
         ...

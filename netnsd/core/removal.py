@@ -190,7 +190,8 @@ class Removal:
         untidy = [(e.slot, e.netns) for e in environments if e.id in self._particulars.untidy]
         for step in (partial(self._a.firewall.close, [opening(e) for e in environments]),
                      *([partial(self._a.network.tidy, untidy)] if untidy else ()),
-                     partial(self._a.network.unwire, [(e.slot, e.netns) for e in environments])):
+                     partial(self._a.network.unwire, [(e.slot, e.netns) for e in environments]),
+                     partial(self._a.firewall.forget, [e.slot.address for e in environments])):
             try:
                 await step()
             except (NetnsdError, ExceptionGroup) as error:

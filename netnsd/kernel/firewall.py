@@ -11,6 +11,7 @@ import errno
 import hashlib
 import json
 import os
+import socket
 import threading
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
@@ -23,10 +24,10 @@ from pyroute2.netlink.exceptions import NetlinkError
 from netnsd.core.interfaces import Opening
 from netnsd.core.judgement import Judgement
 from netnsd.errors import KernelError
-from netnsd.kernel import bridges, nfnetlink, ruleset, sockets
+from netnsd.kernel import bridges, nfnetlink, ruleset, sockets, tracked
 from netnsd.kernel.namespace_thread import NamespaceThread, Priority
 from netnsd.kernel.nft import Nft, NftError
-from netnsd.kernel.ruleset import TABLE, Elements
+from netnsd.kernel.ruleset import BOUNDS, TABLE, Elements
 from netnsd.kernel.seats import Seats
 
 T = TypeVar("T")
@@ -59,6 +60,7 @@ class NftFirewall:
         self._flows = flows_per_address
         self._nft: Nft | None = None
         self._elements: nfnetlink.ElementSocket | None = None
+        self._bounds: nfnetlink.ElementSocket | None = None
         # Adding elements does not wait for the thread, but must not meet a reload of the table.
         self._changing = threading.Lock()
         self._loaded = ""
@@ -101,6 +103,10 @@ class NftFirewall:
         """See ``core.interfaces.Firewall``."""
         await trio.to_thread.run_sync(self._in_turn(lambda: self._close(openings)))
 
+    async def forget(self, addresses: Sequence[str]) -> None:
+        """See ``core.interfaces.Firewall``. Looks at what is tracked only where the bounds have counted something."""
+        await trio.to_thread.run_sync(self._forget, addresses)
+
     async def judge(self, judgement: Judgement) -> None:
         """See ``core.interfaces.Firewall``."""
         await self._thread.run(self._in_turn(lambda: self._judge(judgement)), Priority.CREATE)
@@ -109,7 +115,8 @@ class NftFirewall:
     def senders(self) -> frozenset[int]:
         """The port ids of the sockets by which rules are changed here. libnftables' has the process's, as the first."""
         assert self._elements is not None
-        return frozenset((os.getpid(), self._elements.port_id, self._seats_port))
+        assert self._bounds is not None
+        return frozenset((os.getpid(), self._elements.port_id, self._bounds.port_id, self._seats_port))
 
     async def repair(self) -> bool:
         """Put back what somebody has just changed, before anything else is done; returns whether it had to be."""
@@ -180,6 +187,7 @@ class NftFirewall:
         self._nft = Nft()
         self._run("list tables")  # now it has its port id, the process's, which the first socket gets
         self._elements = nfnetlink.ElementSocket(TABLE)
+        self._bounds = nfnetlink.ElementSocket(BOUNDS)
         self._seats_port = self._seats.start()
 
     def _stop(self, *, remove: bool) -> None:
@@ -195,6 +203,9 @@ class NftFirewall:
             if self._elements is not None:
                 self._elements.close()
                 self._elements = None
+            if self._bounds is not None:
+                self._bounds.close()
+                self._bounds = None
             self._seats.stop()
 
     def _run(self, commands: str, *, output_flags: int = 0) -> str:
@@ -235,6 +246,24 @@ class NftFirewall:
                         self._delete({name: [element]})
         except OSError as error:
             raise KernelError.at("nftables", error) from error
+
+    def _forget(self, addresses: Sequence[str]) -> None:
+        try:
+            with self._changing:
+                had = [address for address in addresses if self._counted_out(address)]
+            if had:
+                tracked.forget(had)
+        except OSError as error:
+            raise KernelError.at("conntrack", error) from error
+
+    def _counted_out(self, address: str) -> bool:
+        """Whether connections of an address were counted; they are not any more."""
+        assert self._bounds is not None
+        try:
+            self._bounds.delete({"flows": [nfnetlink.Element(socket.inet_aton(address))]})
+        except FileNotFoundError:
+            return False
+        return True
 
     def _delete(self, elements: dict[str, list[nfnetlink.Element]]) -> bool:
         """Delete elements, all or nothing; returns False where one is missing."""

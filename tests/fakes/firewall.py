@@ -18,6 +18,7 @@ class FakeFirewall:
         self.owners: set[tuple[str, int]] = set()
         self.published: dict[tuple[str, int], tuple[str, int]] = {}
         self.host: set[tuple[str, int]] = set()
+        self.forgotten: set[str] = set()
         self.loaded = False
         self.judgement = Judgement()
         self._desired: dict[str, Opening] = {}
@@ -45,6 +46,10 @@ class FakeFirewall:
         for key in _published(openings):
             self.published.pop(key, None)
         self.owners -= _owners(openings)
+
+    async def forget(self, addresses: Sequence[str]) -> None:
+        await trio.lowlevel.checkpoint()
+        self.forgotten.update(addresses)
 
     async def restore(self, openings: Sequence[Opening]) -> bool:
         await trio.lowlevel.checkpoint()

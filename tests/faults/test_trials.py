@@ -40,6 +40,7 @@ ELSEWHERE = {
     "kernel.probes._status:": "a check by HTTP asks the server, and changes nothing",
     "kernel.processes.LauncherProcesses.look:": "a socket that somebody removed: tests/system/test_hostility_files.py",
     "kernel.shortage.more_in_v1:os.eventfd_read": "memory that runs out: tests/system/test_resources.py",
+    "kernel.tracked.": "connections to the outside: tests/system/test_reach.py",
     "store.SqliteStore.ids:": "the doctor's look",
     "store.SqliteStore.set_boot:": "another boot: tests/system/test_reboot.py",
     "store.SqliteStore.set_command:": "another boot, and groups that were lost: tests/unit/test_core_accounts.py",

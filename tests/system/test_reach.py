@@ -10,7 +10,7 @@ from contextlib import contextmanager
 
 import pytest
 
-from tests.harness import ALICE, Daemon, HostNamespace, wait_until
+from tests.harness import ALICE, BOB, Daemon, HostNamespace, User, wait_until
 from tests.policies.worlds import document
 from tests.system.clients import PYTHON, echo_server, published
 from tests.system.probing import network_of
@@ -164,3 +164,60 @@ def test_a_server_hears_of_a_narrow_link_to_who_it_is_shared_with(tidy_daemon: D
     place = network_of(host, web)
     wait_until(lambda: "mtu 800" in place.run(["ip", "route", "get", OUTSIDE], check=True).stdout,
                what="the width of the way")
+
+
+# Asks ADDRESS:PORT once from its own port 4444 by UDP, and tells all that comes there.
+_ASKS_ONCE = """
+import socket, sys
+with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as one:
+    one.bind(("", 4444))
+    print("bound", flush=True)
+    if sys.argv[1:]:
+        one.sendto(b"hello", (sys.argv[1], int(sys.argv[2])))
+    while True:
+        print("heard", one.recv(100).decode(), flush=True)
+"""
+# Answers who has asked first, with each line of its input.
+_ANSWERS_LATER = """
+import socket, sys
+with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as one:
+    one.bind((sys.argv[1], int(sys.argv[2])))
+    _, peer = one.recvfrom(100)
+    print("asked", flush=True)
+    for text in sys.stdin:
+        one.sendto(text.strip().encode(), peer)
+        print("sent", flush=True)
+"""
+
+
+def test_who_has_an_address_next_hears_no_answers_to_who_had_it(shared_host: HostNamespace) -> None:
+    assert shared_host.outside is not None
+    with Daemon(shared_host, name="few", config={"network": {"supernet": "10.205.0.0/29", "bridge_ports": 5},
+                                                  "pool": {"size": 0}}) as daemon, \
+            ended(shared_host.outside.popen([PYTHON, "-c", _ANSWERS_LATER, OUTSIDE, "5556"],
+                                            stdin=subprocess.PIPE)) as outside:
+        def answer(text: str) -> None:
+            assert outside.stdin is not None
+            outside.stdin.write(f"{text}\n".encode())
+            outside.stdin.flush()
+            assert line(outside) == "sent"
+
+        def log(name: str, user: User) -> str:
+            return str(daemon.ctl("logs", name, user=user, check=True).stdout)
+
+        first = daemon.create_json("first", PYTHON, "-c", _ASKS_ONCE, OUTSIDE, "5556", user=ALICE)
+        assert line(outside) == "asked"
+        answer("one")
+        wait_until(lambda: "heard one" in log("first", ALICE), what="who has asked hears the answer")
+        daemon.ctl("rm", "first", user=ALICE, check=True)
+        others = [daemon.create_json(f"other-{n}", PYTHON, "-c", _ASKS_ONCE, user=BOB) for n in range(5)]
+        [next_one] = [other["name"] for other in others if other["address"] == first["address"]]
+        wait_until(lambda: all("bound" in log(other["name"], BOB) for other in others), what="all listen")
+        answer("two")
+        # Its neighbour hears what is said to it meanwhile, and so would it.
+        for other in others:
+            daemon.ctl("exec", other["name"], "--", PYTHON, "-c", (
+                "from socket import *\nsocket(AF_INET, SOCK_DGRAM).sendto(b'control', ('127.0.0.1', 4444))"),
+                user=BOB, check=True)
+        wait_until(lambda: all("heard control" in log(other["name"], BOB) for other in others), what="they hear")
+        assert "two" not in log(next_one, BOB)
