@@ -1,6 +1,6 @@
 """The daemon is killed at its steps, and its steps fail: everything is whole or gone, and nothing is left.
 
-A sample: a kill at every point, and a third of the points fail; FAULTS_SEED decides on which path, at which time and
+A sample: a kill at every point, and a sixth of the points fail; FAULTS_SEED decides on which path, at which time and
 how. ``python -m tests.faults --minutes N`` tries them all, in time.
 """
 
@@ -25,7 +25,7 @@ from tests.faults.world import World
 pytestmark = [pytest.mark.root, pytest.mark.timeout(240)]
 SEED = int(os.environ.get("FAULTS_SEED", "1"))
 # Of the points of failures so many are left for other seeds, for each that is tried.
-OTHERS = 2
+OTHERS = 5
 PACKAGE = File(__file__).parents[2] / "netnsd"
 WorldOf = Callable[[Path], World]
 

@@ -7,8 +7,8 @@ import pytest
 from tests.fuzz import campaign
 from tests.soak.figures import table
 
-_SECONDS_PER_LISTENER = 20.0
-_LEAST_REQUESTS = 300
+_SECONDS_PER_LISTENER = 12.0
+_LEAST_REQUESTS = 100
 
 
 @pytest.mark.timeout(300)

@@ -50,7 +50,7 @@ def meet(one: Span, other: Span) -> bool:
     return max(one[0], other[0]) <= min(one[1], other[1])
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=75, deadline=None)
 @given(worlds.environments, worlds.documents)
 def test_every_packet_goes_as_the_documents_say(
         environments: list[Environment], documents: list[tuple[str, dict[str, object]]]) -> None:
@@ -64,7 +64,7 @@ def test_every_packet_goes_as_the_documents_say(
                     == truth.lets(source, target, protocol, port)), (source, target, protocol, port)
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=50, deadline=None)
 @given(worlds.environments, worlds.documents)
 def test_passages_do_not_overlap_and_hold_nobodys_slot(
         environments: list[Environment], documents: list[tuple[str, dict[str, object]]]) -> None:
@@ -78,7 +78,7 @@ def test_passages_do_not_overlap_and_hold_nobodys_slot(
         assert not any(low <= address <= high for low, high in (passage.sources, passage.targets) for address in free)
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=50, deadline=None)
 @given(worlds.environments, worlds.documents)
 def test_who_does_not_concern_any_policy_changes_nothing_by_coming(
         environments: list[Environment], documents: list[tuple[str, dict[str, object]]]) -> None:
