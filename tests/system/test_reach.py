@@ -6,7 +6,8 @@ import json
 import select
 import subprocess
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
+from typing import Any
 
 import pytest
 
@@ -190,12 +191,15 @@ with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as one:
 """
 
 
-def test_who_has_an_address_next_hears_no_answers_to_who_had_it(shared_host: HostNamespace) -> None:
-    assert shared_host.outside is not None
-    with Daemon(shared_host, name="few", config={"network": {"supernet": "10.205.0.0/29", "bridge_ports": 5},
-                                                  "pool": {"size": 0}}) as daemon, \
-            ended(shared_host.outside.popen([PYTHON, "-c", _ANSWERS_LATER, OUTSIDE, "5556"],
-                                            stdin=subprocess.PIPE)) as outside:
+def test_who_has_an_address_next_hears_no_answers_to_who_had_it() -> None:
+    few: dict[str, Any] = {"network": {"supernet": "10.205.0.0/29", "bridge_ports": 5}, "pool": {"size": 0}}
+    with ExitStack() as stack:
+        host = stack.enter_context(HostNamespace(uplink=True))
+        daemon = stack.enter_context(Daemon(host, config=few))
+        assert host.outside is not None
+        outside = stack.enter_context(ended(host.outside.popen([PYTHON, "-c", _ANSWERS_LATER, OUTSIDE, "5556"],
+                                                               stdin=subprocess.PIPE)))
+
         def answer(text: str) -> None:
             assert outside.stdin is not None
             outside.stdin.write(f"{text}\n".encode())
