@@ -1,6 +1,6 @@
 """The daemon is killed at its steps, and its steps fail: everything is whole or gone, and nothing is left.
 
-A sample: a kill at every point, and a sixth of the points fail; FAULTS_SEED decides on which path, at which time and
+A sample: a kill at half of the points, and a sixth of them fail; FAULTS_SEED decides on which path, at which time and
 how. ``python -m tests.faults --minutes N`` tries them all, in time.
 """
 
@@ -127,7 +127,8 @@ def test_a_fault_that_was_found_stays_mended(world_of: WorldOf, figures: Figures
 @pytest.mark.parametrize("path", campaign.ALL, ids=lambda path: path.name)
 def test_killed_at_any_step_everything_is_whole_or_gone(
         world_of: WorldOf, recordings: dict[str, Recording], done: set[object], figures: Figures, path: Path) -> None:
-    candidates = campaign.shuffled(trials.kills(recordings[path.name]), SEED)
+    candidates = [trial for trial in campaign.shuffled(trials.kills(recordings[path.name]), SEED)
+                  if zlib.crc32(trial.point.encode()) % 2 == SEED % 2]
     nothing_differs(world_of, campaign.first_of_each(candidates, done=done), figures)
 
 
