@@ -11,7 +11,6 @@ from netnsd.client.app import Verb, VerbGroup
 from netnsd.client.arguments import complete_policies
 from netnsd.client.session import printable, session_of
 from netnsd.client.transport import Client, policy_path
-from netnsd.errors import NetnsdError
 
 _FIELDS = {"name": str, "owner": dict, "types": list, "selects": list, "document": dict, "created_at": str}
 
@@ -78,18 +77,7 @@ Examples:
 @click.pass_context
 def rm_verb(ctx: click.Context, refs: tuple[str, ...]) -> int:
     """Remove policies. What they let is let no more, and what they forbade may go, when this returns."""
-    session = session_of(ctx)
-    removed, code = [], 0
-    for ref in dict.fromkeys(refs):
-        try:
-            session.client.request("DELETE", policy_path(ref))
-            removed.append(ref)
-        except NetnsdError as error:
-            session.fail(error)
-            code = code or error.exit_code
-    render.emit(session, {"removed": removed}, lambda: "\n".join(f"removed {printable(ref)}" for ref in removed),
-                removed)
-    return code
+    return render.delete_each(session_of(ctx), refs, policy_path, "removed")
 
 
 def _checked(client: Client, value: Any) -> dict[str, Any]:

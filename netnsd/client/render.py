@@ -7,6 +7,7 @@ import sys
 
 from netnsd.client.session import Session, printable, write
 from netnsd.client.transport import Client
+from netnsd.errors import NetnsdError
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -58,6 +59,21 @@ def emit(session: Session, value: Any, text: Callable[[], str], names: Sequence[
         shown = text()
     if shown:
         write(shown)
+
+
+def delete_each(session: Session, refs: Sequence[str], path: Callable[[str], str], word: str) -> int:
+    """Delete what is at the path of each reference, and print it behind ``word``; the first failure's code, or 0."""
+    done: list[str] = []
+    code = 0
+    for ref in dict.fromkeys(refs):
+        try:
+            session.client.request("DELETE", path(ref))
+            done.append(ref)
+        except NetnsdError as error:
+            session.fail(error)
+            code = code or error.exit_code
+    emit(session, {word: done}, lambda: "\n".join(f"{word} {printable(ref)}" for ref in done), done)
+    return code
 
 
 def is_coloured() -> bool:

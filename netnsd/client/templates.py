@@ -13,7 +13,6 @@ from netnsd.client.creating import specification_options
 from netnsd.client.creation import misuse_of_servers, specification
 from netnsd.client.session import Session, printable, session_of
 from netnsd.client.transport import Client, template_path
-from netnsd.errors import NetnsdError
 
 _FIELDS = {"id": str, "name": str, "warm": int, "ready": int, "services": list, "ports": list, "labels": dict,
            "created_at": str}
@@ -88,18 +87,7 @@ Examples:
 @click.pass_context
 def rm_verb(ctx: click.Context, refs: tuple[str, ...]) -> int:
     """Remove templates, and the warm environments of theirs that nobody has. What was created of them stays."""
-    session = session_of(ctx)
-    removed, code = [], 0
-    for ref in dict.fromkeys(refs):
-        try:
-            session.client.request("DELETE", template_path(ref))
-            removed.append(ref)
-        except NetnsdError as error:
-            session.fail(error)
-            code = code or error.exit_code
-    render.emit(session, {"removed": removed}, lambda: "\n".join(f"removed {printable(ref)}" for ref in removed),
-                removed)
-    return code
+    return render.delete_each(session_of(ctx), refs, template_path, "removed")
 
 
 def _checked(client: Client, value: Any) -> dict[str, Any]:

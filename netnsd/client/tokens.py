@@ -12,7 +12,6 @@ from netnsd.client.app import Verb, VerbGroup
 from netnsd.client.arguments import check_name, complete_tokens
 from netnsd.client.session import printable, session_of
 from netnsd.client.transport import Client, token_path
-from netnsd.errors import NetnsdError
 
 SCOPES = ("read", "write", "admin")
 _FIELDS = {"id": str, "name": str, "owner": dict, "scope": str, "created_at": str, "expired": bool}
@@ -78,18 +77,7 @@ Examples:
 @click.pass_context
 def revoke_verb(ctx: click.Context, refs: tuple[str, ...]) -> int:
     """Revoke tokens, by name or id, and those that were made with them. The next request with one is refused."""
-    session = session_of(ctx)
-    revoked, code = [], 0
-    for ref in dict.fromkeys(refs):
-        try:
-            session.client.request("DELETE", token_path(ref))
-            revoked.append(ref)
-        except NetnsdError as error:
-            session.fail(error)
-            code = code or error.exit_code
-    render.emit(session, {"revoked": revoked}, lambda: "\n".join(f"revoked {printable(ref)}" for ref in revoked),
-                revoked)
-    return code
+    return render.delete_each(session_of(ctx), refs, token_path, "revoked")
 
 
 def parse_duration(text: str) -> int:
